@@ -1,0 +1,393 @@
+"""PGD against three attack libraries: the same model, images, budget and fixed start, one interleaved run.
+
+    .venv-bench/bin/python -m benchmarks.pgd        # from the repository's root; see benchmarks/README.md
+
+Every library returns images; one judge, ours, asks the model about all of them in the same way. Times cover the call
+of the attack and nothing around it. The images are dealt into parts; on each part every contender runs once, in an
+order shuffled each time, so that a disturbance of the machine falls on all alike, and ratios are taken part by part.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.progress import Progress
+
+from safescale_lib import zoo
+from safescale_lib.measure.criteria import Misclassified
+from safescale_lib.measure.intervals import Interval, bootstrap
+from safescale_lib.search.ball import Ball
+from safescale_lib.search.models import frozen
+from safescale_lib.search.objectives import cross_entropy
+from safescale_lib.search.pixels import ascend, pgd
+from safescale_lib.world.scenes import scenes
+from safescale_lib.zoo.adapter import PixelClassifier
+
+EPS, STEP_SIZE, STEPS = 8 / 255, 2 / 255, 20
+PART = 128  # images an interleaved turn
+BATCHES = (32, 64, 128)
+OURS, PEERS = "safescale", ("torchattacks", "foolbox", "ART")
+BARE, EQUAL, EARLY = "ascent alone, no verdict", "every step on every image", "early removal"
+RESULTS = Path(__file__).parent / "results" / "pgd.json"
+Attack = Callable[[torch.Tensor, torch.Tensor], Any]
+Answer = tuple[torch.Tensor, torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One library in one setting.
+
+    call: what is timed, from images (N, C, H, W) and labels (N,) to the library's answer. unpack: the answer, images
+    and labels -> attacked images and, where there is a verdict, (N,) bool: which of them the library counts as broken.
+    batch: images a forward pass. freeze: the caller lets the weights take no gradients.
+    """
+
+    library: str
+    setting: str
+    batch: int
+    call: Attack
+    unpack: Callable[[Any, torch.Tensor, torch.Tensor], Answer]
+    freeze: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"{self.library}, {self.setting}"
+
+
+def bare(model: PixelClassifier, batch: int, steps: int = STEPS) -> Contender:
+    """Only the ascent inside `pgd`: every image moved to the end, nothing asked of the model before or after."""
+
+    def climb(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        goal = Misclassified(y)
+        return ascend(
+            model, x, x, lambda logits, live: cross_entropy(goal, logits, live), Ball(EPS, grid=None), steps=steps,
+            step_size=STEP_SIZE,
+        )  # fmt: skip
+
+    def call(images: torch.Tensor, labels: torch.Tensor) -> Any:
+        with frozen(model):
+            return torch.cat([climb(x, y) for x, y in batches(images, labels, batch)])
+
+    return Contender(OURS, BARE, batch, call, lambda attacked, images, labels: (attacked, None))
+
+
+def safescale(model: PixelClassifier, setting: str, batch: int, *, early_removal: bool, grid: int | None) -> Contender:
+    def call(images: torch.Tensor, labels: torch.Tensor) -> Any:
+        return pgd(
+            model, images, Misclassified(labels), eps=EPS, steps=STEPS, step_size=STEP_SIZE, random_start=False,
+            early_removal=early_removal, grid=grid, batch_size=batch,
+        )  # fmt: skip
+
+    return Contender(OURS, setting, batch, call, lambda attack, images, labels: (attack.images, ~attack.survived))
+
+
+def torchattacks(
+    model: PixelClassifier, setting: str, batch: int, *, freeze: bool, steps: int = STEPS, verdict: bool = False
+) -> Contender:
+    """https://adversarial-attacks-pytorch.readthedocs.io: takes one batch a call and gives no verdict.
+
+    verdict: the caller asks the model about the images, as the library's own `save` does, and that is timed too.
+    """
+    from torchattacks import PGD
+
+    attack = PGD(model, eps=EPS, alpha=STEP_SIZE, steps=steps, random_start=False)
+
+    def call(images: torch.Tensor, labels: torch.Tensor) -> Any:
+        attacked = torch.cat([attack(x, y) for x, y in batches(images, labels, batch)])
+        return attacked, ~right(model, attacked, labels, batch) if verdict else None
+
+    return Contender("torchattacks", setting, batch, call, lambda answer, images, labels: answer, freeze)
+
+
+def foolbox(model: PixelClassifier, setting: str, batch: int, *, freeze: bool, steps: int = STEPS) -> Contender:
+    """https://foolbox.readthedocs.io: takes one batch a call; labels stand for its Misclassification criterion."""
+    from foolbox import PyTorchModel
+    from foolbox.attacks import LinfProjectedGradientDescentAttack
+
+    wrapped = PyTorchModel(model, bounds=(0, 1), device="cpu")
+    attack = LinfProjectedGradientDescentAttack(abs_stepsize=STEP_SIZE, steps=steps, random_start=False)
+
+    def call(images: torch.Tensor, labels: torch.Tensor) -> Any:
+        return [attack(wrapped, x, y, epsilons=EPS)[1:] for x, y in batches(images, labels, batch)]  # clipped, verdict
+
+    def unpack(answer: Any, images: torch.Tensor, labels: torch.Tensor) -> Answer:
+        return torch.cat([clipped for clipped, _ in answer]), torch.cat([verdict for _, verdict in answer])
+
+    return Contender("foolbox", setting, batch, call, unpack, freeze)
+
+
+def art(model: PixelClassifier, setting: str, batch: int, *, freeze: bool, steps: int = STEPS) -> Contender:
+    """https://adversarial-robustness-toolbox.readthedocs.io: batches by itself; its verdict is `compute_success`."""
+    from art.attacks.evasion import ProjectedGradientDescentPyTorch
+    from art.estimators.classification import PyTorchClassifier
+    from art.utils import compute_success_array
+
+    estimator = PyTorchClassifier(
+        model, loss=torch.nn.CrossEntropyLoss(), input_shape=(3, model.side, model.side), nb_classes=len(model.classes),
+        clip_values=(0.0, 1.0), device_type="cpu",
+    )  # fmt: skip
+    attack = ProjectedGradientDescentPyTorch(
+        estimator, norm=np.inf, eps=EPS, eps_step=STEP_SIZE, max_iter=steps, num_random_init=0, batch_size=batch, verbose=False
+    )
+
+    def unpack(answer: Any, images: torch.Tensor, labels: torch.Tensor) -> Answer:
+        onehot = np.eye(estimator.nb_classes)[labels.numpy()]
+        verdict = compute_success_array(estimator, images.numpy(), onehot, answer, batch_size=batch)
+        return torch.from_numpy(answer), torch.from_numpy(verdict)
+
+    return Contender("ART", setting, batch, lambda x, y: attack.generate(x.numpy(), y.numpy()), unpack, freeze)
+
+
+MAKERS: dict[str, Callable[..., Contender]] = {"torchattacks": torchattacks, "foolbox": foolbox, "ART": art}
+
+
+def batches(images: torch.Tensor, labels: torch.Tensor, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(zip(torch.split(images, size), torch.split(labels, size), strict=True))
+
+
+def right(model: PixelClassifier, images: torch.Tensor, labels: torch.Tensor, batch: int = PART) -> torch.Tensor:
+    """The judge: (N,) bool, the model names the true class."""
+    with torch.no_grad():
+        return torch.cat([model(x).argmax(dim=1) == y for x, y in batches(images, labels, batch)])
+
+
+def seconds(model: PixelClassifier, contender: Contender, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, Any]:
+    """Wall time of one call and its answer."""
+    for weight in model.parameters():
+        weight.requires_grad_(not contender.freeze)
+        weight.grad = None
+    gc.collect()
+    begun = time.perf_counter()
+    answer = contender.call(images, labels)
+    return time.perf_counter() - begun, answer
+
+
+def best_batch(model: PixelClassifier, images: torch.Tensor, labels: torch.Tensor) -> int:
+    """The batch size at which the three peers together are fastest in short runs, best of three; ours is not asked."""
+    short = [[MAKERS[peer](model, "", batch, freeze=True, steps=4) for peer in PEERS] for batch in BATCHES]
+    rounds = [[[seconds(model, each, images, labels)[0] for each in same] for same in short] for _ in range(3)]
+    spent = np.array(rounds).min(axis=0).sum(axis=1)  # rounds, batches, peers -> batches
+    for batch, total in zip(BATCHES, spent, strict=True):
+        typer.echo(f"batches of {batch}: 4 steps on {len(images)} images take the peers {total:.2f} s together")
+    return BATCHES[int(spent.argmin())]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one contender did. times: (repeats, parts) seconds. images, verdict: over all parts, in order."""
+
+    contender: Contender
+    times: np.ndarray
+    images: torch.Tensor
+    verdict: torch.Tensor | None
+
+    def ratio_to(self, other: Result) -> Interval:
+        """How many times this one's seconds the other needs: median over repeats and parts, 95 % bootstrap interval."""
+        return bootstrap((other.times / self.times).ravel(), np.median)
+
+
+def run(
+    model: PixelClassifier, contenders: list[Contender], images: torch.Tensor, labels: torch.Tensor, repeats: int
+) -> dict[str, Result]:
+    """Every contender on every part in every repeat, the order shuffled from turn to turn."""
+    parts, order = batches(images, labels, PART), np.random.default_rng(0)
+    times = np.zeros((len(contenders), repeats, len(parts)))
+    answers: dict[tuple[int, int], Answer] = {}
+    with Progress() as bar:
+        job = bar.add_task("attacks", total=times.size)
+        for turn in range(repeats * len(parts)):
+            repeat, part = divmod(turn, len(parts))
+            for who in order.permutation(len(contenders)):
+                times[who, repeat, part], answer = seconds(model, contenders[who], *parts[part])
+                if repeat == 0:
+                    answers[who, part] = contenders[who].unpack(answer, *parts[part])
+                bar.advance(job)
+            if part == len(parts) - 1:
+                spent = ", ".join(f"{c.label} {s:.1f} s" for c, s in zip(contenders, times[:, repeat].sum(axis=1), strict=True))
+                bar.console.print(f"repeat {repeat + 1}: {spent}")
+    results = {}
+    for who, contender in enumerate(contenders):
+        attacked, verdicts = zip(*(answers[who, part] for part in range(len(parts))), strict=True)
+        verdict = None if verdicts[0] is None else torch.cat(verdicts)
+        results[contender.label] = Result(contender, times[who], torch.cat(attacked), verdict)
+    return results
+
+
+def table(model: PixelClassifier, results: dict[str, Result], images: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """Judge all images in one way; the site's table without its title and notes."""
+    parts, sizes = batches(images, labels, PART), {each.contender.batch for each in results.values()}
+    ends = {size: torch.cat([bare(model, size).call(*part) for part in parts]) for size in sizes}  # all peers should end there
+    columns: list[str] = []
+    rows: list[list[Any]] = []
+    robust: dict[str, float] = {}
+    gaps: dict[str, float] = {}
+    misread: dict[str, int] = {}
+    for label, result in results.items():
+        excess = float((result.images - images).abs().max()) - EPS
+        if excess > 1e-6 or result.images.min() < 0 or result.images.max() > 1:
+            raise ValueError(f"{label} must keep the budget, it is exceeded by {excess:.3g}")
+        judged = right(model, result.images, labels)
+        robust[label] = judged.float().mean().item()
+        if result.contender.library != OURS:
+            gaps[label] = float((result.images - ends[result.contender.batch]).abs().max())
+        if result.verdict is not None:
+            misread[label] = int((result.verdict != ~judged).sum())
+        total = result.times.sum(axis=1)
+        cells = {
+            "library": result.contender.library,
+            "setting": result.contender.setting,
+            "batch": result.contender.batch,
+            "seconds, median [min, max]": f"{np.median(total):.2f} [{total.min():.2f}, {total.max():.2f}]",
+            "seconds / ours, median [95 % interval]": show(results[f"{OURS}, {EQUAL}"].ratio_to(result)),
+            "robust accuracy": f"{robust[label]:.4f}",
+            "largest difference to our images": f"{gaps[label]:.1g}" if label in gaps else "",
+            "own verdict differs from the judge's": f"{misread[label]} of {len(images)}" if label in misread else "gives none",
+        }
+        rows.append(list(cells.values()))
+        columns = list(cells)
+    return {"columns": columns, "rows": rows, "readings": readings(results, robust, gaps, misread, len(images))}
+
+
+def readings(
+    results: dict[str, Result], robust: dict[str, float], gaps: dict[str, float], misread: dict[str, int], n: int
+) -> list[str]:
+    """The goals, each with its number and whether it was won; level where the interval holds the goal."""
+
+    def against(setting: str, peers: list[str], goal: float, what: str) -> str:
+        ours, fastest = f"{OURS}, {setting}", min(peers, key=lambda label: float(np.median(results[label].times.sum(axis=1))))
+        ratio, apart = results[ours].ratio_to(results[fastest]), 100 * abs(robust[ours] - robust[fastest])
+        word = "LOST" if ratio.high < goal or apart > 1 else "won" if ratio.low >= goal else "level"
+        return (
+            f"{word}: {what}, ours ({setting}) against the fastest peer ({fastest}): {show(ratio)} times as fast, robust "
+            f"accuracy {apart:.2f} points apart. Goal: at least {goal:.2f} times, within 1 point."
+        )
+
+    gap = max(gaps.values())
+    same = "won" if gap <= 1e-6 else "LOST"
+    lines = [
+        f"{same}: largest difference to any peer from the fixed start {gap:.1g}. Goal: at most 1e-6.",
+        against(BARE, [label for label in gaps if label not in misread], 1.0, "images without a verdict, equal work"),
+        against(EQUAL, [label for label in gaps if label in misread], 1.0, "images with a verdict, equal work"),
+        against(EARLY, list(gaps), 1.5, "stopping at each image's first success"),
+    ]
+    for library in dict.fromkeys(label.split(",")[0] for label, wrong in misread.items() if wrong):
+        wrong = max(count for label, count in misread.items() if label.startswith(library))
+        lines.append(f"{library}'s own verdict differs from the judge's on {wrong} of {n} images.{WHY.get(library, '')}")
+    return lines
+
+
+def on_the_robust(images: torch.Tensor, labels: torch.Tensor, batch: int, repeats: int) -> str:
+    """Early removal saves less where less breaks: the same measurement on the adversarially trained ViT."""
+    model = zoo.load("vit-robust")
+    pair = [safescale(model, setting, batch, early_removal=setting == EARLY, grid=None) for setting in (EQUAL, EARLY)]
+    every, early = run(model, pair, images, labels, repeats).values()
+    standing = right(model, early.images, labels).float().mean().item()
+    return (
+        f"On the adversarially trained ViT, of robust accuracy {standing:.4f} under this attack, early removal makes ours "
+        f"{show(early.ratio_to(every))} times as fast as every step on every image: what stands is attacked to the end."
+    )
+
+
+WHY = {
+    "ART": " Without a target it compares with the prediction on the clean image, not with the label: an image that was wrong "
+    "from the start counts as unbroken while its class stays."
+}
+
+
+def show(interval: Interval) -> str:
+    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def notes(n: int, repeats: int, batch: int, clean: float) -> list[str]:
+    peers = (
+        f"torchattacks {version('torchattacks')}, foolbox {version('foolbox')}, ART {version('adversarial-robustness-toolbox')}"
+    )
+    return [
+        f"PGD in the linf ball: eps 8/255, step size 2/255, {STEPS} steps, cross-entropy, start at the image itself.",
+        f"{n} test scenes in parts of {PART}; the victim, the zoo's ViT, has clean accuracy {clean:.4f} on them.",
+        f"Peers: {peers}. {repeats} repeats; on each part all contenders run in turn, in an order shuffled each time.",
+        f"Default: torchattacks and foolbox take a part in one call, ART batches of 32, weights as loaded. Tuned: batches of "
+        f"{batch}, the peers' fastest in a short sweep, and weights that take no gradients, which spares foolbox and ART work "
+        "they do not use.",
+        f"Ours, '{EQUAL}': `pgd(early_removal=False, grid=None)`; it asks the model about the clean images, skips those "
+        "already wrong, and asks again about the returned images. foolbox asks once, at the end; ART twice; torchattacks "
+        f"returns images without a verdict, so it runs once more with the caller asking. '{BARE}' is ours without asking.",
+        "Robust accuracy: one judge for all, the share of returned images that the model still classifies rightly, their "
+        "budget measured anew. Differences are to our ascent at the same batch size, over all images.",
+    ]
+
+
+def machine(threads: int) -> str:
+    """What the times depend on; no host name, no path."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    load = f", load average {os.getloadavg()[0]:.1f} before the start" if hasattr(os, "getloadavg") else ""
+    return (
+        f"{threads} thread{'s' * (threads > 1)} of {model} ({os.cpu_count()} cores), {platform.system()}, Python "
+        f"{platform.python_version()}, torch {torch.__version__}, transformers {version('transformers')}{load}"
+    )
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(aside, path)
+
+
+def main(
+    repeats: Annotated[int, typer.Option(min=1, help="repeats; at least 5 for a result to keep")] = 5,
+    images: Annotated[int, typer.Option(min=2, help="test scenes")] = 512,
+    threads: Annotated[int, typer.Option(min=1, help="threads of every contender")] = 1,
+    batch: Annotated[int, typer.Option(min=0, max=PART, help="batch size of the tuned rows; 0 sweeps for the peers' best")] = 0,
+    checkpoint: Annotated[Path | None, typer.Option(help="a directory in Hub layout in place of the zoo's ViT")] = None,
+    out: Annotated[Path, typer.Option(help="where the table goes")] = RESULTS,
+) -> None:
+    """Measure, print and write the table."""
+    torch.set_num_threads(threads)
+    about = machine(threads)
+    model = zoo.load("vit", checkpoint=checkpoint)
+    drawn = scenes(images, split="test", seed=1)
+    batch = batch or best_batch(model, drawn.images[:PART], drawn.labels[:PART])
+    contenders = [
+        bare(model, batch),
+        safescale(model, EQUAL, batch, early_removal=False, grid=None),
+        safescale(model, EARLY, batch, early_removal=True, grid=None),
+        safescale(model, "default: early removal, 8-bit images", PART, early_removal=True, grid=255),
+    ]
+    for peer, default in zip(PEERS, (PART, PART, 32), strict=True):
+        contenders.append(MAKERS[peer](model, "default", default, freeze=False))
+        contenders.append(MAKERS[peer](model, "tuned", batch, freeze=True))
+    contenders.append(torchattacks(model, "tuned, the caller asks", batch, freeze=True, verdict=True))
+    clean = right(model, drawn.images, drawn.labels).float().mean().item()
+    results = run(model, contenders, drawn.images, drawn.labels, repeats)
+    heading = {
+        "title": "PGD against torchattacks, foolbox and ART",
+        "machine": about,
+        "notes": notes(images, repeats, batch, clean),
+    }
+    report = {**heading, **table(model, results, drawn.images, drawn.labels)}
+    if checkpoint is None:
+        report["readings"].append(on_the_robust(drawn.images, drawn.labels, batch, repeats))
+    write(report, out)
+    for row in [report["columns"], *report["rows"]]:
+        typer.echo(" | ".join(map(str, row)))
+    for line in report["readings"]:
+        typer.echo(line)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,142 @@
+"""Make the committed notebooks from their percent scripts: `python notebooks/build.py [--check] [STEM ...]`.
+
+The .py file beside a notebook is its source. This script turns it into a notebook, runs it from top to bottom in a
+fresh kernel, and writes the .ipynb with its outputs. It is careful in three ways. Cell ids and metadata are fixed, so
+that a second run gives the same bytes. Seconds are the one thing allowed to differ: if nothing else moved, the
+committed file stays as it is. And a notebook that fails, or writes to stderr, is not written at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+from safescale_lib.figures import FIGURE_MIME
+from safescale_lib.measure import OUTCOME_MIME
+
+HERE = Path(__file__).parent
+CELL_SECONDS = 240
+
+
+def from_source(script: Path) -> nbformat.NotebookNode:
+    """The notebook a percent script describes, without outputs, with ids that depend on position alone."""
+    notebook = jupytext.read(script, fmt="py:percent")
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"{script.stem.replace('_', '-')[:40]}-{number:03d}"
+    notebook.metadata = nbformat.from_dict(
+        {
+            "jupytext": {"formats": "ipynb,py:percent"},
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
+    )
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    return notebook
+
+
+def execute(notebook: nbformat.NotebookNode, label: str) -> None:
+    """Run every cell in place, with a bar over the cells. Two threads: the last bits of sums depend on their number."""
+    os.environ |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TextColumn("{task.completed}/{task.total} cells"))
+    with Progress(*columns) as bar:
+        task = bar.add_task(label, total=len(code))
+        client = NotebookClient(
+            notebook,
+            timeout=CELL_SECONDS,
+            kernel_name="python3",
+            record_timing=False,
+            resources={"metadata": {"path": str(HERE)}},
+            on_cell_executed=lambda **_: bar.update(task, advance=1),
+        )
+        client.execute()
+
+
+def finish(notebook: nbformat.NotebookNode) -> None:
+    """Keep what belongs in the repository: no stray metadata; a figure's texts where the site looks for them."""
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        for output in cell.outputs:
+            if output.output_type == "stream" and output.name == "stderr":
+                raise RuntimeError(f"cell {cell.id} wrote to stderr: {output.text[:500]}")
+            texts = output.get("data", {}).pop(FIGURE_MIME, None)
+            if texts:
+                figure = {"caption": texts["caption"], "name": texts["name"]}
+                cell.metadata["mystnb"] = {"image": {"alt": texts["alt"]}, "figure": figure}
+    nbformat.validate(notebook)
+
+
+def without_seconds(notebook: nbformat.NotebookNode) -> dict[str, Any]:
+    """The notebook with the wall-clock seconds of its outcomes blanked, for comparing two runs."""
+    plain: dict[str, Any] = json.loads(nbformat.writes(notebook))
+    for cell in plain["cells"]:
+        for output in cell.get("outputs", []):
+            carried = output.get("data", {}).get(OUTCOME_MIME, [])
+            for outcome in carried if isinstance(carried, list) else [carried]:
+                outcome["cost"]["seconds"] = 0.0
+    return plain
+
+
+def build(script: Path) -> bool:
+    """Run one script and write its notebook if anything but seconds moved; says whether it was written."""
+    target = script.with_suffix(".ipynb")
+    notebook = from_source(script)
+    execute(notebook, script.stem)
+    finish(notebook)
+    if target.exists() and without_seconds(nbformat.read(target, as_version=4)) == without_seconds(notebook):
+        return False
+    aside = target.with_suffix(".partial")
+    nbformat.write(notebook, aside)
+    os.replace(aside, target)
+    return True
+
+
+def drifted(script: Path) -> str | None:
+    """Why a committed notebook no longer matches its script, or None."""
+    target = script.with_suffix(".ipynb")
+    if not target.exists():
+        return f"{target.name} has not been made"
+    made, wanted = nbformat.read(target, as_version=4).cells, from_source(script).cells
+    if [(c.cell_type, c.source, c.id) for c in made] != [(c.cell_type, c.source, c.id) for c in wanted]:
+        return f"{target.name} was made from an older {script.name}"
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stems", nargs="*", help="notebooks to make, by file name without ending; all if left out")
+    parser.add_argument("--check", action="store_true", help="only say which notebooks have drifted from their scripts")
+    arguments = parser.parse_args()
+    scripts = sorted(path for path in HERE.glob("[0-9]*.py") if not arguments.stems or path.stem in arguments.stems)
+    missing = set(arguments.stems) - {path.stem for path in scripts}
+    if missing or not scripts:
+        parser.error(f"no such notebook: {', '.join(sorted(missing)) or 'none found'}")
+    if arguments.check:
+        faults = [fault for script in scripts if (fault := drifted(script))]
+        print("\n".join(faults) or "every notebook matches its script")
+        return bool(faults)
+    for script in scripts:
+        start = time.perf_counter()
+        try:
+            written = build(script)
+        except (CellExecutionError, RuntimeError) as error:
+            print(f"{script.stem}: {error}", file=sys.stderr)
+            return 1
+        print(f"{script.stem}: {time.perf_counter() - start:.0f} s, {'written' if written else 'unchanged'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

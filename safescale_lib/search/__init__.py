@@ -1,0 +1,1 @@
+"""The optimisers every attack is made of, over pixels, tokens, embeddings and weights."""

@@ -1,0 +1,1 @@
+"""The one toy world every chapter shares: pure data generation, seeded, harmless by construction."""

@@ -1,0 +1,111 @@
+"""One training loop for every recipe: seeded, with a progress bar, and killable at any moment.
+
+Nothing random is remembered between steps. A recipe computes step t's batch from (seed, t) alone, so the state is the
+weights, AdamW's two moments and t - three kinds of tensors in one safetensors file, written aside and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+def fit(
+    model: torch.nn.Module,
+    loss: Callable[[int], torch.Tensor],
+    *,
+    steps: int,
+    lr: float,
+    weight_decay: float = 0.05,
+    warmup: int = 200,
+    state: Path | None = None,
+    settings: dict[str, object] | None = None,
+    save_every: float = 20.0,
+    label: str = "training",
+    progress: bool = True,
+) -> float:
+    """Minimise loss(step) over the model's weights, in place; returns the seconds spent, over all resumed runs.
+
+    AdamW, linear warm-up over `warmup` steps, then a cosine to zero, gradient norm clipped at 1.
+    loss: step number -> scalar; everything random in it comes from that number. state: file to resume from and
+    to save to every `save_every` seconds; None keeps nothing. settings: what the run depends on; a state written
+    under other settings is refused with ValueError.
+    """
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    optimizer = torch.optim.AdamW(weights.values(), lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
+    fingerprint = json.dumps({"steps": steps, "lr": lr, **(settings or {})}, sort_keys=True, default=str)
+    first, before = _resume(state, weights, optimizer, fingerprint) if state and state.exists() else (0, 0.0)
+    begun = saved = time.perf_counter()
+    columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.3f}"))
+    was_training = model.training
+    model.train()
+    with Progress(*columns, disable=not progress) as bar:
+        task = bar.add_task(label, total=steps, completed=first, loss=float("nan"))
+        for step in range(first, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            value = loss(step)
+            optimizer.zero_grad()
+            value.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+            optimizer.step()
+            bar.update(task, advance=1, loss=value.item())
+            now = time.perf_counter()
+            if state and now - saved > save_every:
+                _save(state, weights, optimizer, step + 1, before + now - begun, fingerprint)
+                saved = now
+    model.train(was_training)
+    return before + time.perf_counter() - begun
+
+
+def _save(
+    state: Path,
+    weights: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    seconds: float,
+    fingerprint: str,
+) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in weights.items():
+        moments = optimizer.state[weight]
+        tensors |= {
+            f"weight.{name}": weight.detach(),
+            f"first.{name}": moments["exp_avg"],
+            f"second.{name}": moments["exp_avg_sq"],
+        }
+    aside = state.with_suffix(".partial")
+    metadata = {"step": str(step), "seconds": str(seconds), "settings": fingerprint}
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, aside, metadata)
+    os.replace(aside, state)
+
+
+def _resume(
+    state: Path, weights: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, fingerprint: str
+) -> tuple[int, float]:
+    with safe_open(state, framework="pt") as file:
+        metadata = file.metadata()
+        if metadata["settings"] != fingerprint:
+            raise ValueError(
+                f"{state.name} belongs to a run with other settings; delete it to start afresh.\n"
+                f"  there: {metadata['settings']}\n  here:  {fingerprint}"
+            )
+        step = int(metadata["step"])
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(file.get_tensor(f"weight.{name}"))
+                optimizer.state[weight] = {
+                    "step": torch.tensor(float(step)),
+                    "exp_avg": file.get_tensor(f"first.{name}").to(weight.device),
+                    "exp_avg_sq": file.get_tensor(f"second.{name}").to(weight.device),
+                }
+    return step, float(metadata["seconds"])

@@ -1,0 +1,71 @@
+"""`frozen` gives the model back as it was, whatever happened inside."""
+
+import pytest
+import torch
+
+from safescale_lib.search.models import frozen, straight_through
+
+
+@pytest.fixture
+def model():
+    """Parts in different modes, some weights already without gradients."""
+    parts = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Dropout(0.5), torch.nn.Linear(3, 2))
+    parts.train()
+    parts[1].eval()
+    parts[0].weight.requires_grad_(False)
+    return parts
+
+
+def state(model):
+    return [m.training for m in model.modules()], [(n, p.requires_grad) for n, p in model.named_parameters()]
+
+
+def test_inside_it_evaluates_and_learns_nothing(model):
+    before = state(model)
+    with frozen(model):
+        assert not any(m.training for m in model.modules())
+        assert not any(p.requires_grad for p in model.parameters())
+        x = torch.randn(8, 3)
+        assert torch.equal(model(x), model(x))  # no dropout
+    assert state(model) == before
+
+
+def test_restored_when_the_block_raises(model):
+    before = state(model)
+    with pytest.raises(KeyError, match="inside"), frozen(model):
+        raise KeyError("inside")
+    assert state(model) == before
+
+
+def test_blocks_nest(model):
+    before = state(model)
+    with frozen(model):
+        with frozen(model):
+            pass
+        assert not any(m.training for m in model.modules())
+    assert state(model) == before
+
+
+def test_a_function_passes_through():
+    with frozen(lambda x: x + 1):
+        pass
+    with pytest.raises(KeyError, match="inside"), frozen(abs):
+        raise KeyError("inside")
+
+
+def test_straight_through_answers_as_before_and_slopes_as_if_the_transform_were_not_there():
+    g = torch.Generator().manual_seed(0)
+    inner = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
+    x = torch.rand(20, 3, 2, 2, generator=g).requires_grad_()
+
+    def coarse(pixels):
+        return (pixels * 3).round() / 3
+
+    through = straight_through(inner, coarse)
+    assert torch.equal(through(x), inner(coarse(x)))  # to the last bit
+    (found,) = torch.autograd.grad(through(x)[:, 0].sum(), x)
+    at = coarse(x).detach().requires_grad_()
+    (wanted,) = torch.autograd.grad(inner(at)[:, 0].sum(), at)
+    assert torch.equal(found, wanted)
+    assert found.abs().min() > 0
+    assert torch.autograd.grad(inner(coarse(x))[:, 0].sum(), x)[0].abs().max() == 0  # what it is there to mend

@@ -1,0 +1,136 @@
+"""Training: the same seed gives the same weights, also when the run was killed on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+from safescale_lib.zoo import recipes
+from safescale_lib.zoo.training import fit
+
+STEPS = 40
+
+
+def build() -> torch.nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+
+
+def train(model: torch.nn.Module, state: Path | None = None, stop: int | None = None, **other: object) -> float:
+    def loss(step: int) -> torch.Tensor:
+        if step == stop:
+            raise KeyboardInterrupt
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(16, 5, generator=generator)
+        return F.cross_entropy(model(x), (x[:, 0] > 0).long())
+
+    arguments = {"steps": STEPS, "lr": 0.05, "warmup": 5, "state": state, "save_every": 0.0, "progress": False} | other
+    return fit(model, loss, **arguments)
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_it_learns() -> None:
+    model = build()
+    train(model)
+    x = torch.randn(500, 5, generator=torch.Generator().manual_seed(99))
+    assert (model(x).argmax(-1) == (x[:, 0] > 0).long()).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("stop", [1, 7, STEPS - 1])
+def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, stop: int) -> None:
+    whole, broken, resumed = build(), build(), build()
+    train(whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, tmp_path / "state.safetensors", stop)
+    train(resumed, tmp_path / "state.safetensors")
+    assert same(whole, resumed)
+    assert not same(whole, broken)
+
+
+def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    train(build(), state)
+    with pytest.raises(ValueError, match="other settings"):
+        train(build(), state, lr=0.01)
+
+
+def test_seconds_add_up_and_the_mode_is_kept(tmp_path: Path) -> None:
+    model = build().eval()
+    with pytest.raises(KeyboardInterrupt):
+        train(build(), tmp_path / "state.safetensors", stop=20)
+    with safe_open(tmp_path / "state.safetensors", framework="pt") as file:
+        before = float(file.metadata()["seconds"])
+    assert train(model, tmp_path / "state.safetensors") > before > 0
+    assert not model.training
+
+
+TINY = """
+import sys, torch
+from pathlib import Path
+from safescale_lib.zoo import recipes
+recipes.fit.__kwdefaults__["save_every"] = 0.0
+training = recipes.Training(steps=int(sys.argv[2]), batch=4)
+torch.set_num_threads(1)
+print("ready", flush=True)
+model, _ = recipes.train_classifier(training, recipes.Run(seed=3, state=Path(sys.argv[1]), progress=False))
+print(torch.cat([w.flatten() for w in model.parameters()]).double().sum().item())
+"""
+
+
+def test_a_recipe_survives_sigkill_at_any_moment(tmp_path: Path) -> None:
+    """Kill a real training with no chance to clean up; the state is whole, and the end is the same."""
+
+    def start(state: Path) -> subprocess.Popen[str]:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", TINY, str(state), "60"]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+    state = tmp_path / "killed.safetensors"
+    victim = start(state)
+    deadline = time.monotonic() + 60
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.communicate()
+    assert victim.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    with safe_open(state, framework="pt") as file:
+        assert 0 < int(file.metadata()["step"]) < 60
+    resumed, whole = start(state), start(tmp_path / "whole.safetensors")
+    ends = [process.communicate(timeout=120)[0].split()[-1] for process in (resumed, whole)]
+    assert ends[0] == ends[1]
+
+
+def test_make_writes_a_whole_member_with_a_card(tmp_path: Path) -> None:
+    run = recipes.Run(seed=1, progress=False)
+    recipes.make("vit", tmp_path, run, training=recipes.Training(steps=2, batch=4), metrics=lambda model: [])
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["seed"] == 1
+    assert card["recipe"] == {"steps": 2, "batch": 4, "lr": 1.5e-3}
+    assert card["bytes"] == (tmp_path / "model.safetensors").stat().st_size
+    assert card["title"] in (tmp_path / "README.md").read_text()
+
+
+def test_make_refuses_an_unknown_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="vit-robust"):
+        recipes.make("resnet", tmp_path, recipes.Run())
+
+
+def test_differences_speak_up_only_outside_the_interval() -> None:
+    shipped = [{"metric": "clean accuracy", "value": 0.9, "low": 0.88, "high": 0.92, "n": 100}]
+    near, far = ([{**shipped[0], "value": value}] for value in (0.881, 0.8))
+    assert recipes.differences("vit", near, shipped) == []
+    assert recipes.differences("vit", far, shipped) == ["vit: clean accuracy is 0.800, outside the card's 0.880 to 0.920"]
