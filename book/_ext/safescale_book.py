@@ -55,7 +55,7 @@ def vendored_mathjax() -> Path:
 
 
 def use_vendored_mathjax(app: Sphinx, config: Config) -> None:
-    """Point Sphinx at our copy; it loads the script only on pages that have an equation.
+    """Point Sphinx at our copy.
 
     The menu is off because it would load further components. Formulas stay readable for screen readers: MathJax
     writes hidden MathML beside each.
@@ -423,9 +423,9 @@ def mended(html: str, config: Config) -> str:
             f'<body><main><h1>{config.html_title}</h1><p><a href="{_refresh_target(refresh)}">Open the book</a></p></main>'
             "</body></html>\n"
         )
-    for mend in (_head, _landmarks, _names, _tables, _exercises, _bibliography, _contents):
+    for mend in (_head, _formulas, _landmarks, _names, _tables, _exercises, _bibliography, _contents):
         mend(page)
-    return str(page)
+    return re.sub(r"^\s*(<!DOCTYPE html>)\s*", r"\1\n", str(page))  # the parser adds an empty line there each time
 
 
 def _refresh_target(refresh: str) -> str:
@@ -452,6 +452,15 @@ def _head(page: BeautifulSoup) -> None:
         script.string = COLOUR_MODE
 
 
+def _formulas(page: BeautifulSoup) -> None:
+    """MathJax loads where there are formulas; Sphinx loads it also where a page below in the contents has some."""
+    if not page.select("article .math"):
+        for script in page.select('script[src*="mathjax/"]'):
+            script.decompose()
+        for script in page.find_all("script", string=re.compile(r"^window\.MathJax = ")):
+            script.decompose()
+
+
 def _landmarks(page: BeautifulSoup) -> None:
     """Everything visible belongs to a landmark (axe: region); the theme's empty ones go."""
     for sidebar in page.select("#pst-primary-sidebar"):
@@ -463,9 +472,9 @@ def _landmarks(page: BeautifulSoup) -> None:
 
 def _names(page: BeautifulSoup) -> None:
     """A control that shows text is named by it (axe: label-content-name-mismatch); one that shows an icon keeps its label."""
-    for button in page.select("button[aria-label]"):
-        if button.get_text(strip=True):
-            del button["aria-label"]
+    for control in page.select("button[aria-label], summary[aria-label]"):
+        if control.get_text(strip=True):
+            del control["aria-label"]
     for summary in page.select("summary"):
         if not summary.get_text(strip=True) and not summary.get("aria-label"):
             summary["aria-label"] = "Show the pages below"
@@ -476,7 +485,12 @@ def _names(page: BeautifulSoup) -> None:
 
 
 def _tables(page: BeautifulSoup) -> None:
-    """Headings say what they head."""
+    """Headings say what they head. A head without words, which Markdown asks for, goes: the first column heads its rows."""
+    for head in page.select("article thead"):
+        if not head.get_text(strip=True) and head.parent:
+            for row in head.parent.select("tbody tr"):
+                row.find("td").name = "th"
+            head.decompose()
     for heading in page.select("thead th:not([scope])"):
         heading["scope"] = "col"
     for heading in page.select("tbody th:not([scope])"):

@@ -73,6 +73,14 @@ def test_bootstrap_takes_any_statistic():
     assert found.high - found.low == pytest.approx(2 * 1.96 * spread, rel=0.35)
 
 
+def test_bootstrap_bounds_are_values_the_statistic_can_take():
+    """Percentiles of resampled statistics: no resample has a maximum beyond the sample's own."""
+    sample = np.random.default_rng(4).exponential(size=60)
+    found = bootstrap(sample, np.max)
+    assert found.value == found.high == sample.max()
+    assert np.sort(sample)[-10] < found.low < sample.max()
+
+
 def test_bootstrap_is_seeded_and_leaves_the_global_stream_alone():
     sample, before = np.arange(20.0), np.random.get_state()[1].tolist()  # noqa: NPY002
     assert bootstrap(sample, seed=3) == bootstrap(sample, seed=3)

@@ -175,6 +175,9 @@ def test_same_items_are_compared_in_pairs(pairs):
 def test_pairs_see_what_intervals_cannot():
     weak, strong = np.arange(100) < 50, np.arange(100) < 40  # ten items lost, none won
     assert of(strong) < of(weak)
+    assert of(weak) > of(strong)
+    assert not of(strong) > of(weak)  # beyond chance, but the other way
+    assert not of(weak) < of(strong)
     assert not outcome(measured=rate(strong)) < outcome(measured=rate(weak))  # the intervals overlap
 
 

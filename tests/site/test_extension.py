@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def extension() -> ModuleType:
     spec = importlib.util.spec_from_file_location("safescale_book", ROOT / "book" / "_ext" / "safescale_book.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -67,7 +68,8 @@ PAGE = """<!DOCTYPE html><html lang="en"><head><meta name="viewport"/><meta name
 <body><div id="pst-primary-sidebar"><button aria-label="Search">Search <kbd>K</kbd></button>
 <button aria-label="Search"><i class="fa-search"></i></button></div>
 <main><div class="bd-content"><article><pre>a  b
-  c</pre><section id="solution-content"></section><section id="solution-content"></section></article></div></main></body></html>"""
+  c</pre><section id="solution-content"></section><section id="solution-content"></section></article></div></main>
+<script>window.MathJax = {}</script><script src="_static/mathjax/tex.js"></script></body></html>"""
 
 
 def test_mending_a_page(extension: ModuleType) -> None:
@@ -80,6 +82,8 @@ def test_mending_a_page(extension: ModuleType) -> None:
     assert once.count('aria-label="Search"') == 1  # the icon keeps its name, the text names itself
     assert "solution-content" not in once
     assert "bd-sidebar-secondary" in once
+    assert "MathJax" not in once
+    assert "mathjax" not in once
     assert "<pre>a  b\n  c</pre>" in once
     redirect = extension.mended('<meta http-equiv="Refresh" content="0; url=book/index.html" />\n', Config)
     assert "<title>The book</title>" in redirect
