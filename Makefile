@@ -53,8 +53,8 @@ nbval: $(VENV)/ready
 site-test: $(SITE)/index.html
 	SAFESCALE_SITE=$(SITE) $(BIN)/python -m pytest -q tests/site
 
-bench: $(VENV)/ready  ## measure PGD side by side with three attack libraries
-	benchmarks/run.sh $(PYTHON)
+bench: .venv-bench/ready  ## measure PGD side by side with three attack libraries
+	.venv-bench/bin/python -m benchmarks.pgd
 
 clean:  ## remove what was built; the environment and the weights stay
 	rm -rf _build zoo-training .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -64,6 +64,12 @@ $(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+.venv-bench/ready: benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check --no-deps torchattacks==3.5.1
 	touch $@
 
 $(SITE)/index.html: $(VENV)/ready $(NOTEBOOKS) $(SOURCES) $(PAGES)

@@ -203,8 +203,9 @@ figures.show(
 )
 
 # %% [markdown]
-# Look at the middle row. The change is not a picture of anything: fine noise, on the object and off it. You can name every object in the
-# bottom row; the model cannot.
+# Look at the middle row. The change is not a picture of anything: fine noise, on the object and off it. But straight lines run through it, every
+# eight pixels: there one patch of the ViT ends and the next begins. Several attacks of section 2.1 exploit that grid. You can name
+# every object in the bottom row; the model cannot.
 #
 # ### The siblings
 #

@@ -1,4 +1,4 @@
-"""Make the committed notebooks from their percent scripts: `python notebooks/build.py [--check] [STEM ...]`.
+"""Make the committed notebooks from their percent scripts: `python notebooks/build.py [--check | --text] [STEM ...]`.
 
 The .py file beside a notebook is its source. This script turns it into a notebook, runs it from top to bottom in a
 fresh kernel, and writes the .ipynb with its outputs. It is careful in three ways. Cell ids and metadata are fixed, so
@@ -95,12 +95,28 @@ def build(script: Path) -> bool:
     notebook = from_source(script)
     execute(notebook, script.stem)
     finish(notebook)
+    return _write(notebook, target)
+
+
+def _write(notebook: nbformat.NotebookNode, target: Path) -> bool:
     if target.exists() and without_seconds(nbformat.read(target, as_version=4)) == without_seconds(notebook):
         return False
     aside = target.with_suffix(".partial")
     nbformat.write(notebook, aside)
     os.replace(aside, target)
     return True
+
+
+def retell(script: Path) -> bool:
+    """Take over changed prose without running anything; refuses if a code cell changed. Says whether it was written."""
+    target = script.with_suffix(".ipynb")
+    notebook, made = from_source(script), nbformat.read(target, as_version=4)
+    new, old = ([cell for cell in book.cells if cell.cell_type == "code"] for book in (notebook, made))
+    if [cell.source for cell in new] != [cell.source for cell in old]:
+        raise RuntimeError("code changed, so the notebook has to run: leave out --text")
+    for fresh, run in zip(new, old, strict=True):
+        fresh.update(outputs=run.outputs, execution_count=run.execution_count, metadata=run.metadata)
+    return _write(notebook, target)
 
 
 def drifted(script: Path) -> str | None:
@@ -117,6 +133,7 @@ def drifted(script: Path) -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stems", nargs="*", help="notebooks to make, by file name without ending; all if left out")
+    parser.add_argument("--text", action="store_true", help="take over changed prose without running the code")
     parser.add_argument("--check", action="store_true", help="only say which notebooks have drifted from their scripts")
     arguments = parser.parse_args()
     scripts = sorted(path for path in HERE.glob("[0-9]*.py") if not arguments.stems or path.stem in arguments.stems)
@@ -130,7 +147,7 @@ def main() -> int:
     for script in scripts:
         start = time.perf_counter()
         try:
-            written = build(script)
+            written = retell(script) if arguments.text else build(script)
         except (CellExecutionError, RuntimeError) as error:
             print(f"{script.stem}: {error}", file=sys.stderr)
             return 1

@@ -129,6 +129,19 @@ Outcome("a.b", "m", "rate", Interval(0.5, 0.4, 0.6, 100), cost=Cost(seconds=time
     assert build.build(script)
 
 
+def test_prose_is_taken_over_without_running_and_code_is_not(build: ModuleType, tmp_path: Path) -> None:
+    script = tmp_path / "09_x.py"
+    script.write_text("# %% [markdown]\n# Old words\n\n# %%\n1 + 1\n")
+    build.build(script)
+    script.write_text(script.read_text().replace("Old", "New"))
+    assert build.retell(script)
+    assert build.drifted(script) is None
+    assert nbformat.read(script.with_suffix(".ipynb"), as_version=4).cells[1].outputs
+    script.write_text(script.read_text().replace("1 + 1", "1 + 2"))
+    with pytest.raises(RuntimeError, match="has to run"):
+        build.retell(script)
+
+
 @pytest.mark.parametrize("bad", ["1 / 0", "import sys; print('x', file=sys.stderr)"])
 def test_a_notebook_that_fails_or_complains_is_not_written(build: ModuleType, tmp_path: Path, bad: str) -> None:
     script = tmp_path / "09_x.py"
