@@ -9,6 +9,7 @@ order shuffled each time, so that a disturbance of the machine falls on all alik
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -39,7 +40,7 @@ EPS, STEP_SIZE, STEPS = 8 / 255, 2 / 255, 20
 PART = 128  # images an interleaved turn
 BATCHES = (32, 64, 128)
 OURS, PEERS = "safescale", ("torchattacks", "foolbox", "ART")
-BARE, EQUAL, EARLY = "ascent alone, no verdict", "every step on every image", "early removal"
+BARE, EQUAL, EARLY = "ascent alone, no verdict", "every step, with verdict", "early removal, with verdict"
 RESULTS = Path(__file__).parent / "results" / "pgd.json"
 Attack = Callable[[torch.Tensor, torch.Tensor], Any]
 Answer = tuple[torch.Tensor, torch.Tensor | None]
@@ -278,8 +279,8 @@ def readings(
     same = "won" if gap <= 1e-6 else "LOST"
     lines = [
         f"{same}: largest difference to any peer from the fixed start {gap:.1g}. Goal: at most 1e-6.",
-        against(BARE, [label for label in gaps if label not in misread], 1.0, "images without a verdict, equal work"),
-        against(EQUAL, [label for label in gaps if label in misread], 1.0, "images with a verdict, equal work"),
+        against(BARE, list(gaps), 1.0, f"equal work, {STEPS} forward and backward passes and nothing else"),
+        against(EQUAL, [label for label in gaps if label in misread], 1.0, "the same with the checks before and after"),
         against(EARLY, list(gaps), 1.5, "stopping at each image's first success"),
     ]
     for library in dict.fromkeys(label.split(",")[0] for label, wrong in misread.items() if wrong):
@@ -296,7 +297,7 @@ def on_the_robust(images: torch.Tensor, labels: torch.Tensor, batch: int, repeat
     standing = right(model, early.images, labels).float().mean().item()
     return (
         f"On the adversarially trained ViT, of robust accuracy {standing:.4f} under this attack, early removal makes ours "
-        f"{show(early.ratio_to(every))} times as fast as every step on every image: what stands is attacked to the end."
+        f"{show(early.ratio_to(every))} times as fast as taking every step: what stands is attacked to the end."
     )
 
 
@@ -321,12 +322,22 @@ def notes(n: int, repeats: int, batch: int, clean: float) -> list[str]:
         f"Default: torchattacks and foolbox take a part in one call, ART batches of 32, weights as loaded. Tuned: batches of "
         f"{batch}, the peers' fastest in a short sweep, and weights that take no gradients, which spares foolbox and ART work "
         "they do not use.",
-        f"Ours, '{EQUAL}': `pgd(early_removal=False, grid=None)`; it asks the model about the clean images, skips those "
-        "already wrong, and asks again about the returned images. foolbox asks once, at the end; ART twice; torchattacks "
-        f"returns images without a verdict, so it runs once more with the caller asking. '{BARE}' is ours without asking.",
+        f"Ours, '{BARE}': the {STEPS} steps of `ascend`, as torchattacks does them. '{EQUAL}': `pgd(early_removal=False)`, "
+        "which also asks the model about the clean images, skips those already wrong, and asks again about the returned "
+        "images. foolbox asks once, at the end; ART twice; torchattacks never, so it runs once more with the caller asking.",
+        "Memory that a contender frees stays with the process, for all alike (glibc's mallopt): otherwise the chance layout "
+        "of the heap decides whose pages go back to the system after every step, worth up to 5 % either way.",
         "Robust accuracy: one judge for all, the share of returned images that the model still classifies rightly, their "
         "budget measured anew. Differences are to our ascent at the same batch size, over all images.",
     ]
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc never to hand freed memory back to the system; elsewhere nothing happens."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
+    if mallopt:
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+        mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap too
 
 
 def machine(threads: int) -> str:
@@ -349,7 +360,7 @@ def write(report: dict[str, Any], path: Path) -> None:
 
 
 def main(
-    repeats: Annotated[int, typer.Option(min=1, help="repeats; at least 5 for a result to keep")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="repeats; at least 5 for a result to keep")] = 7,
     images: Annotated[int, typer.Option(min=2, help="test scenes")] = 512,
     threads: Annotated[int, typer.Option(min=1, help="threads of every contender")] = 1,
     batch: Annotated[int, typer.Option(min=0, max=PART, help="batch size of the tuned rows; 0 sweeps for the peers' best")] = 0,
@@ -357,6 +368,7 @@ def main(
     out: Annotated[Path, typer.Option(help="where the table goes")] = RESULTS,
 ) -> None:
     """Measure, print and write the table."""
+    keep_freed_memory()
     torch.set_num_threads(threads)
     about = machine(threads)
     model = zoo.load("vit", checkpoint=checkpoint)

@@ -27,8 +27,16 @@ from safescale_lib.measure.outcomes import table
 
 sections = survey.node("vfm").children
 covered = survey.coverage()
-rows = [(s.title.split()[-1], b.title, len(b.leaves()), covered.count(b.key).bound) for s in sections for b in s.children]
-table("Chapter 2: threats and defenses", ["model", "branch", "techniques", "in the library"], rows)
+rows = [
+    (s.title.split()[-1], b.title, len(b.leaves()), covered.count(b.key).bound)
+    for s in sections
+    for b in s.children
+]
+table(
+    "Chapter 2: threats and defenses",
+    ["model", "branch", "techniques", "in the library"],
+    rows,
+)
 
 # %% [markdown]
 # Most branches are still empty. This edition opens the first two: adversarial attacks on the ViT, with the plain baselines that its
@@ -65,7 +73,7 @@ figures.show(
 # %%
 vit = zoo.load("vit")
 test = scenes(300, split="test", seed=2)
-vit.classes == KINDS, f"{sum(p.numel() for p in vit.parameters()):,} parameters"
+f"{sum(p.numel() for p in vit.parameters()):,} parameters, {len(vit.classes)} classes"
 
 # %% [markdown]
 # First measure without any attack. Every later number is compared with this one.
@@ -80,7 +88,10 @@ clean = Outcome(ATTACK, "no attack", "clean accuracy", rate(right), items=right)
 clean
 
 # %%
-claim("the victim is good: without an attack it is right on more than nine scenes in ten", clean > 0.9)
+claim(
+    "the victim is good: without an attack it is right on more than nine scenes in ten",
+    clean > 0.9,
+)
 
 # %% [markdown]
 # Read the card from the top: what ran, the number, how sure it is (a 95 % Wilson interval {cite}`wilson1927` over n
@@ -126,7 +137,13 @@ def seeded(seed):
 from safescale_lib.search.pixels import random_noise
 
 noise = random_noise(vit, test.images, wrong, eps=EPS, tries=20, generator=seeded(0))
-noise_acc = robust_accuracy(noise, technique=ATTACK, method="random noise, best of 20, eps 8/255", clean=clean.value, seed=0)
+noise_acc = robust_accuracy(
+    noise,
+    technique=ATTACK,
+    method="random noise, best of 20, eps 8/255",
+    clean=clean.value,
+    seed=0,
+)
 noise_acc
 
 # %% [markdown]
@@ -143,14 +160,19 @@ noise_acc
 from safescale_lib.vfm.vit import adversarial_training, fgsm, pgd, quantised_input
 
 one_step = fgsm(vit, test.images, wrong, eps=EPS)
-fgsm_acc = robust_accuracy(one_step, technique=ATTACK, method="FGSM, eps 8/255", clean=clean.value)
+fgsm_acc = robust_accuracy(
+    one_step, technique=ATTACK, method="FGSM, eps 8/255", clean=clean.value
+)
 fgsm_acc
 
 # %% [markdown]
 # *Robust accuracy* is the share of all scenes the model still gets right. One gradient does what twenty random tries could not.
 
 # %%
-claim("one step along the gradient beats twenty random steps of the same size", fgsm_acc < noise_acc)
+claim(
+    "one step along the gradient beats twenty random steps of the same size",
+    fgsm_acc < noise_acc,
+)
 
 # %% [markdown]
 # ### Many small steps: projected gradient descent
@@ -171,10 +193,17 @@ figures.source(pixels.ascend)
 # Two details are worth a look. The model only ever sees pictures that an 8-bit file can hold (`settle`), so a success is a success on disk.
 # And an item leaves the batch as soon as it is broken (`stop`), which saves most of the work on a weak model.
 
+
 # %%
-runs = [pgd(vit, test.images, wrong, eps=EPS, steps=20, generator=seeded(s)) for s in (0, 1, 2)]
+def attack(model, seed=0, **other):
+    """PGD-20 on the test scenes at eps 8/255, unless told otherwise."""
+    budget = {"eps": EPS, "steps": 20, "generator": seeded(seed), **other}
+    return pgd(model, test.images, budget.pop("criterion", wrong), **budget)
+
+
 names = dict(technique=ATTACK, method="PGD-20, eps 8/255", clean=clean.value)
-pgd_accs = [robust_accuracy(run, **names, seed=s) for s, run in enumerate(runs)]
+runs = [attack(vit, seed) for seed in (0, 1, 2)]
+pgd_accs = [robust_accuracy(run, **names, seed=seed) for seed, run in enumerate(runs)]
 Outcomes("PGD from three random starts", pgd_accs)
 
 # %% [markdown]
@@ -186,20 +215,26 @@ pgd_acc = pgd_accs[0]
 claim("PGD beats FGSM at the same eps", pgd_acc < fgsm_acc)
 
 # %%
-picks = runs[0].success.nonzero()[:8, 0]
-before = test.images[picks]
-after = pgd(vit, before, Misclassified(test.labels[picks]), eps=EPS, steps=20, random_start=False, early_removal=False).images
-labels = [[KINDS[i] for i in rows] for rows in (test.labels[picks], vit(after).argmax(-1))]
-change = (0.5 + (after - before) * 10).clamp(0, 1)
+whole = attack(
+    vit, random_start=False, early_removal=False
+)  # every step, from the image
+picks = (whole.success & runs[0].success).nonzero()[:8, 0]
+before, after = test.images[picks], whole.images[picks]
+seen = vit(after).argmax(-1)
+true_names, seen_names = ([KINDS[i] for i in k] for k in (test.labels[picks], seen))
+
+# %%
 figures.show(
     figures.image_grid(
-        [before, change, after], [labels[0], [""] * 8, labels[1]], row_labels=["original", "change x 10", "attacked"]
+        [before, (0.5 + (after - before) * 10).clamp(0, 1), after],
+        [true_names, [""] * 8, seen_names],
+        row_labels=["original", "change x 10", "attacked"],
     ),
     "fig-attacked",
-    caption="Top: scenes with the true class. Middle: what PGD changed, ten times magnified around grey. Bottom: the "
-    "attacked scenes with the class the ViT now sees.",
-    alt="Eight scenes in three rows. The attacked scenes look like the originals; the magnified changes are fine "
-    "coloured noise; the model's answers are all wrong.",
+    caption="Top: scenes with the true class. Middle: what PGD changed, ten times magnified "
+    "around grey. Bottom: the attacked scenes with the class the ViT now sees.",
+    alt="Eight scenes in three rows. The attacked scenes look like the originals; the "
+    "magnified changes are fine coloured noise; the model's answers are all wrong.",
 )
 
 # %% [markdown]
@@ -213,31 +248,39 @@ figures.show(
 # search with other arguments.
 
 # %%
-from safescale_lib.measure.criteria import ClassifiedAs
-
-n = len(KINDS)
-targets = (test.labels + torch.randint(1, n, test.labels.shape, generator=seeded(5))) % n
 variants = {
     "PGD-20 with momentum 1, eps 8/255": dict(momentum=1.0),
     "PGD-20, L2, eps 1.0": dict(eps=1.0, norm="l2"),
 }
 gallery = [
-    robust_accuracy(
-        pgd(vit, test.images, wrong, **{"eps": EPS, "generator": seeded(0), **kw}),
-        technique=ATTACK, method=name, clean=clean.value, seed=0,
-    )
-    for name, kw in variants.items()
-]  # fmt: skip
-aimed = pgd(vit, test.images, ClassifiedAs(targets, test.labels), eps=EPS, steps=20, generator=seeded(0))
-hit = aimed.success[aimed.attempted].numpy()
-targeted = Outcome(ATTACK, "PGD-20 to a random target, eps 8/255", "targeted success rate", rate(hit), 0.0, clean.value, cost=aimed.cost, seed=0, items=hit)  # fmt: skip
+    robust_accuracy(attack(vit, **other), **names | {"method": name}, seed=0)
+    for name, other in variants.items()
+]
+
+# %%
+from safescale_lib.measure.criteria import ClassifiedAs
+
+shift = torch.randint(1, len(KINDS), test.labels.shape, generator=seeded(5))
+target = ClassifiedAs((test.labels + shift) % len(KINDS), test.labels)
+aimed = attack(vit, criterion=target)
+hits = aimed.success[aimed.attempted].numpy()
+targeted = Outcome(
+    ATTACK, "PGD-20 to a random target, eps 8/255", "targeted success rate",
+    rate(hits), control=0.0, utility=clean.value, cost=aimed.cost, seed=0, items=hits,
+)  # fmt: skip
 Outcomes("Relatives of PGD on the plain ViT", [*gallery, targeted])
 
 # %% [markdown]
 # The table holds robust accuracy (lower is a stronger attack) except in its last row, where a larger number is a stronger attack: there the
-# attacker names the wrong class in advance, drawn at random, which is harder. Momentum does not help here. It was made for
-# attacks that must transfer to another model, and costs some precision on the model itself.
-#
+# attacker names the wrong class in advance, drawn at random, which is harder. Momentum was made for attacks that must transfer to another
+# model. On the model itself it is no help:
+
+# %%
+claim(
+    "accumulating gradients weakens PGD on the model it attacks", gallery[0] > pgd_acc
+)
+
+# %% [markdown]
 # ### Budget and strength
 #
 # A real attack gets stronger with its budget, and with an unlimited budget it must always win. If it does not, suspect the attack.
@@ -248,7 +291,10 @@ few, few_wrong = test.images[:150], Misclassified(test.labels[:150])
 
 
 def sweep(attack, model, **kw):
-    return [rate(attack(model, few, few_wrong, eps=e / 255, **kw).survived.numpy()) for e in levels]
+    return [
+        rate(attack(model, few, few_wrong, eps=e / 255, **kw).survived.numpy())
+        for e in levels
+    ]
 
 
 curves = {
@@ -262,27 +308,16 @@ values = [point.value for point in curves["PGD-20"]]
 claim(
     "PGD never gets weaker with a larger budget, and 32/255 breaks everything",
     values == sorted(values, reverse=True) and values[-1] == 0,
-    evidence="robust accuracy at eps 0 to 32/255: " + ", ".join(f"{v:.2f}" for v in values) + f", n = {len(few)}",
+    evidence="robust accuracy at eps 0 to 32/255: "
+    + ", ".join(f"{v:.2f}" for v in values)
+    + f", n = {len(few)}",
 )
 
 
 # %%
-def plot_sweeps(curves):
-    import matplotlib.pyplot as plt
-
-    with figures.style():
-        figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-        for (name, points), c, m, d in zip(curves.items(), figures.COLOURS, figures.MARKERS, figures.DASHES, strict=False):
-            axis.plot(range(len(levels)), [p.value for p in points], color=c, marker=m, linestyle=d, label=name)
-            axis.fill_between(range(len(levels)), [p.low for p in points], [p.high for p in points], color=c, alpha=0.15)
-        axis.set(xlabel="eps (grey levels of 255)", ylabel="robust accuracy", ylim=(-0.03, 1.03))
-        axis.set_xticks(range(len(levels)), levels)
-        axis.legend(loc="lower left")
-    return figure
-
-
+AXES = dict(xlabel="eps (grey levels of 255)", ylabel="robust accuracy")
 figures.show(
-    plot_sweeps(curves),
+    figures.curves(curves, levels, **AXES),
     "fig-budget",
     caption="Robust accuracy of the plain ViT against the budget, with 95 % intervals, 150 scenes. Gradients do what noise cannot.",
     alt="Three curves over eps from 0 to 32 grey levels. Random noise stays near the top until the largest budget, "
@@ -290,8 +325,17 @@ figures.show(
 )
 
 # %% [markdown]
-# PGD needs about half the budget of FGSM for the same damage. Noise of any size in this range does little: what it lacks is not strength
-# but direction.
+# Twenty small steps are worth more than twice the budget. Noise of any size in this range does little: what it lacks is not
+# strength but direction.
+
+# %%
+eight = curves["PGD-20"][levels.index(8)]
+sixteen = curves["FGSM"][levels.index(16)]
+claim(
+    "PGD does more damage with eight grey levels than FGSM with sixteen",
+    eight.value < sixteen.value,
+    evidence=f"{eight} against {sixteen}, n = {len(few)}",
+)
 
 # %% [markdown]
 # ## Survey 2.1: the defense, adversarial training
@@ -322,22 +366,38 @@ robust = zoo.load("vit-robust")
 DEFENSE = "vfm.vit.adversarial_defense.adversarial_training"
 
 
-def judge(model, label):
-    utility = float((model(test.images).argmax(-1) == test.labels).float().mean())
-    attack = pgd(model, test.images, wrong, eps=EPS, steps=20, generator=seeded(0))
-    return attack, robust_accuracy(attack, technique=DEFENSE, method=label, clean=utility, seed=0)
+def accuracy(model):
+    return float((model(test.images).argmax(-1) == test.labels).float().mean())
 
 
-_, hardened_acc = judge(hardened, "60 steps of adversarial training, under PGD-20")
-held, robust_acc = judge(robust, "vit-robust, under PGD-20")
-Outcomes("The defense under the attack it was trained on", [hardened_acc, robust_acc])
+# %%
+held = {
+    name: attack(model)
+    for name, model in (("60 steps", hardened), ("vit-robust", robust))
+}
+defended = [
+    robust_accuracy(
+        held[name],
+        technique=DEFENSE,
+        method=f"{name}, under PGD-20",
+        clean=accuracy(model),
+        seed=0,
+    )
+    for name, model in (("60 steps", hardened), ("vit-robust", robust))
+]
+hardened_acc, robust_acc = defended
+Outcomes("The defense under the attack it was trained on", defended)
 
 # %% [markdown]
 # Compare the columns. The value is accuracy under attack; the utility is accuracy without one. A defense that paid for the first with the
 # second would be no bargain.
 
 # %%
-claim("adversarial training turns most attacked scenes from wrong to right", robust_acc > pgd_acc, robust_acc > 0.75)
+claim(
+    "adversarial training turns most attacked scenes from wrong to right",
+    robust_acc > pgd_acc,
+    robust_acc > 0.75,
+)
 
 # %% [markdown]
 # What does it cost? The short training paid with clean accuracy, the long one hardly.
@@ -357,20 +417,25 @@ claim(
 
 # %%
 wide = dict(eps=24 / 255, steps=40, random_start=False, early_removal=False)
-on_plain, on_robust = (pgd(m, few[:48], Misclassified(test.labels[:48]), **wide) for m in (vit, robust))
-rows = (on_plain.success & on_robust.success).nonzero()[:, 0]  # a failed item comes back unchanged: nothing to see
-picture = few[rows]
-on_plain, on_robust = on_plain.images[rows] - picture, on_robust.images[rows] - picture
+chosen = Misclassified(test.labels[:48])
+plain_run, robust_run = (pgd(m, few[:48], chosen, **wide) for m in (vit, robust))
+both_won = plain_run.success & robust_run.success  # a failed item comes back unchanged
+picture = few[:48][both_won]
+on_plain = plain_run.images[both_won] - picture
+on_robust = robust_run.images[both_won] - picture
+
+# %%
+magnified = [(0.5 + change[:8] * 4).clamp(0, 1) for change in (on_plain, on_robust)]
 figures.show(
     figures.image_grid(
-        [picture[:8], (0.5 + on_plain[:8] * 4).clamp(0, 1), (0.5 + on_robust[:8] * 4).clamp(0, 1)],
-        row_labels=["original", "plain ViT", "vit-robust"],
+        [picture[:8], *magnified], row_labels=["original", "plain ViT", "vit-robust"]
     ),
     "fig-perturbations",
-    caption="What PGD (eps 24/255, 40 steps) changes, magnified four times around grey. Against the plain ViT: fine noise. "
-    "Against the robust one: patches of colour, several pixels wide.",
-    alt="Three rows of eight pictures. The changes against the plain model are fine noise; those against the robust "
-    "model are coarse blotches of one colour, several pixels wide.",
+    caption="What PGD (eps 24/255, 40 steps) changes, magnified four times around grey. "
+    "Against the plain ViT: fine noise. Against the robust one: patches of colour, "
+    "several pixels wide.",
+    alt="Three rows of eight pictures. The changes against the plain model are fine noise; "
+    "those against the robust model are coarse blotches, several pixels wide.",
 )
 
 # %% [markdown]
@@ -390,7 +455,7 @@ plain_scale, robust_scale = agreement(on_plain), agreement(on_robust)
 claim(
     "the robust model is only fooled by coarser changes",
     robust_scale.low > plain_scale.high,
-    evidence=f"neighbours that change alike: {plain_scale} plain, {robust_scale} robust, bootstrap over {len(rows)} scenes",
+    evidence=f"neighbours that change alike: {plain_scale} plain, {robust_scale} robust, bootstrap over {len(picture)} scenes",
 )
 
 # %% [markdown]
@@ -406,24 +471,27 @@ claim(
 # %%
 from safescale_lib.search.objectives import margin
 
-strong = dict(eps=EPS, steps=30, step_size=2 / 255, generator=seeded(1))
-restarts = pgd(robust, test.images, wrong, restarts=2, **strong)
-by_margin = pgd(robust, test.images, wrong, objective=margin, **strong)
-survivors = (restarts.survived & by_margin.survived & held.survived).numpy()
+strong = dict(steps=30, step_size=2 / 255)
+runs_r = [
+    attack(robust, 1, restarts=2, **strong),
+    attack(robust, 2, objective=margin, **strong),
+]
+runs_r.append(held["vit-robust"])  # and the plain PGD-20 from above
+survivors = torch.stack([run.survived for run in runs_r]).all(0).numpy()
+spent = runs_r[0].cost + runs_r[1].cost + runs_r[2].cost
 
 # %%
 adaptive = Outcome(
-    ATTACK, "adaptive: PGD-30 with 2 restarts, then on the margin; worst case", "robust accuracy", rate(survivors),
-    robust_acc.control, robust_acc.utility, DEFENSE, restarts.cost + by_margin.cost + held.cost, 1, survivors,
+    ATTACK, "adaptive: PGD-30 with 2 restarts, then on the margin; worst case", "robust accuracy",
+    rate(survivors), robust_acc.control, robust_acc.utility, DEFENSE, spent, 1, survivors,
 )  # fmt: skip
 adaptive
 
 # %%
 claim(
-    "the adaptive attack is at least as strong as PGD-20, and the defense still stands",
-    adaptive.value <= robust_acc.value,
+    "under its adaptive attack the defense still stands",
+    adaptive > pgd_acc,
     adaptive > 0.7,
-    evidence=f"worst case {adaptive.value:.3f} against {robust_acc.value:.3f}",
 )
 
 # %% [markdown]
@@ -431,9 +499,12 @@ claim(
 # attacker. Now sweep the budget on both models.
 
 # %%
-both = {"plain ViT": curves["PGD-20"], "vit-robust": sweep(pgd, robust, generator=seeded(0))}
+both = {
+    "plain ViT": curves["PGD-20"],
+    "vit-robust": sweep(pgd, robust, generator=seeded(0)),
+}
 figures.show(
-    plot_sweeps(both),
+    figures.curves(both, levels, **AXES),
     "fig-defended",
     caption="Robust accuracy under PGD-20 against the budget, with 95 % intervals, 150 scenes. The robust model was trained at 8.",
     alt="Two curves. The plain model falls to zero by 16 grey levels; the robust one stays high up to 8, the budget it "
@@ -455,12 +526,14 @@ figures.source(quantised_input)
 # %%
 LEVELS = 8
 coarse = quantised_input(vit, levels=LEVELS)
-names = dict(
-    technique="vfm.vit.adversarial_defense", clean=float((coarse(test.images).argmax(-1) == test.labels).float().mean())
+squeezed = dict(
+    technique="vfm.vit.adversarial_defense",
+    method="quantised input, under white-box PGD-20",
+    clean=accuracy(coarse),
 )
-whites = [pgd(coarse, test.images, wrong, eps=EPS, steps=20, generator=seeded(s)) for s in (0, 1, 2)]
+whites = [attack(coarse, seed) for seed in (0, 1, 2)]
 white_accs = [
-    robust_accuracy(a, **names, method="quantised input, under white-box PGD-20", seed=s) for s, a in enumerate(whites)
+    robust_accuracy(a, **squeezed, seed=seed) for seed, a in enumerate(whites)
 ]
 Outcomes("Eight grey levels under the strongest attack so far", white_accs)
 
@@ -471,16 +544,20 @@ Outcomes("Eight grey levels under the strongest attack so far", white_accs)
 # ViT, which anybody could train, and show them to the defended one {cite}`papernot2017practical`.
 
 # %%
-surrogates = [pgd(vit, test.images, wrong, eps=EPS, steps=20, early_removal=False, generator=seeded(s)) for s in (0, 1, 2)]
-moved = [pixels.replay(coarse, s, test.images, wrong) for s in surrogates]
-names = names | dict(technique=ATTACK, against="vfm.vit.adversarial_defense")
+squeezed |= dict(technique=ATTACK, against="vfm.vit.adversarial_defense")
+squeezed["method"] = "transfer of PGD-20 from the plain ViT"
+surrogates = [attack(vit, seed, early_removal=False) for seed in (0, 1, 2)]
+moved = [pixels.replay(coarse, made, test.images, wrong) for made in surrogates]
 transfer_accs = [
-    robust_accuracy(a, **names, method="transfer of PGD-20 from the plain ViT", seed=s) for s, a in enumerate(moved)
+    robust_accuracy(a, **squeezed, seed=seed) for seed, a in enumerate(moved)
 ]
 Outcomes("The same defense under a transfer attack", transfer_accs)
 
 # %%
-claim("a black-box transfer is stronger than the white-box attack: the gradient is masked", transfer_accs[0] < white_accs[0])
+claim(
+    "a black-box transfer is stronger than the white-box attack: the gradient is masked",
+    transfer_accs[0] < white_accs[0],
+)
 
 # %% [markdown]
 # That order is impossible for an honest gradient. Rounding is flat almost everywhere, so its derivative is zero and PGD stood still at its
@@ -497,18 +574,23 @@ figures.source(straight_through)
 
 # %%
 open_ = straight_through(vit, lambda x: quantise(x, LEVELS))
-crafted = [pgd(open_, test.images, wrong, eps=EPS, steps=20, generator=seeded(s)) for s in (0, 1, 2)]
-judged = [pixels.replay(coarse, attack, test.images, wrong) for attack in crafted]
-bpda_accs = [
-    robust_accuracy(a, **names, method="adaptive: PGD-20 through the rounding (BPDA)", seed=s) for s, a in enumerate(judged)
-]
+squeezed["method"] = "adaptive: PGD-20 through the rounding (BPDA)"
+crafted = [attack(open_, seed) for seed in (0, 1, 2)]
+judged = [pixels.replay(coarse, made, test.images, wrong) for made in crafted]
+bpda_accs = [robust_accuracy(a, **squeezed, seed=seed) for seed, a in enumerate(judged)]
 Outcomes("The adaptive attack on quantised input", bpda_accs)
 
 # %%
-claim("the adaptive attack removes what the defense seemed to add", bpda_accs[0] < white_accs[0], bpda_accs[0] < 0.3)
+claim(
+    "the adaptive attack breaks most of what seemed safe",
+    bpda_accs[0] < white_accs[0],
+    bpda_accs[0] < 0.5,
+)
 
 # %%
-noise_c = random_noise(coarse, test.images, wrong, eps=EPS, tries=20, generator=seeded(0))
+noise_c = random_noise(
+    coarse, test.images, wrong, eps=EPS, tries=20, generator=seeded(0)
+)
 bars = {
     "no attack": rate((coarse(test.images).argmax(-1) == test.labels).numpy()),
     "random noise": rate(noise_c.survived.numpy()),
@@ -519,22 +601,8 @@ bars = {
 
 
 # %%
-def plot_bars(bars):
-    import matplotlib.pyplot as plt
-
-    with figures.style():
-        figure, axis = plt.subplots(figsize=(6, 2.9), layout="constrained")
-        values = [b.value for b in bars.values()]
-        errors = [[b.value - b.low for b in bars.values()], [b.high - b.value for b in bars.values()]]
-        axis.barh(list(bars), values, xerr=errors, color=figures.COLOURS[0], ecolor=figures.COLOURS[2], capsize=3)
-        axis.invert_yaxis()
-        axis.grid(visible=False, axis="y")
-        axis.set(xlabel="accuracy of the quantised model", xlim=(0, 1.04))
-    return figure
-
-
 figures.show(
-    plot_bars(bars),
+    figures.bars(bars, xlabel="accuracy of the quantised model"),
     "fig-masked",
     caption="One defense, five judges, 300 scenes, 95 % intervals, eps 8/255. The white-box attack alone would have called it solved.",
     alt="Horizontal bars of accuracy: near one without attack, under random noise and under white-box PGD; far "
@@ -546,7 +614,16 @@ figures.show(
 # when an unlimited budget does not reach zero, when iterating does not beat a single step, or when random search finds what gradients miss.
 
 # %%
-endless = pgd(coarse, few, few_wrong, eps=1.0, steps=20, step_size=1 / 255, generator=seeded(0), random_start=False)
+endless = pgd(
+    coarse,
+    few,
+    few_wrong,
+    eps=1.0,
+    steps=20,
+    step_size=1 / 255,
+    generator=seeded(0),
+    random_start=False,
+)
 through = pgd(open_, few, few_wrong, eps=1.0, steps=40, generator=seeded(0))
 claim(
     "with an unlimited budget the blind attack still fails, the adaptive one always wins",
@@ -577,24 +654,18 @@ claim(
 # Everything the chapter measured, in one table.
 
 # %%
-summary = [
-    clean,
-    noise_acc,
-    fgsm_acc,
-    pgd_acc,
-    *gallery,
-    hardened_acc,
-    robust_acc,
-    adaptive,
-    white_accs[0],
-    transfer_accs[0],
-    bpda_accs[0],
-]
-rows = [(o.method, str(o.measured), o.measured.n, "-" if o.utility is None else f"{o.utility:.3f}") for o in summary]
-table("Accuracy on attacked scenes", ["method", "value [95 % interval]", "n", "utility"], rows)
+summary = [clean, noise_acc, fgsm_acc, pgd_acc, *gallery, *defended, adaptive]
+summary += [white_accs[0], transfer_accs[0], bpda_accs[0]]
+rows = [(o.method, o.measured, o.measured.n, o.utility or "-") for o in summary]
+rows = [(*row[:3], f"{row[3]:.3f}" if row[3] != "-" else "-") for row in rows]
+table(
+    "Accuracy on attacked scenes",
+    ["method", "value [95 % interval]", "n", "utility"],
+    rows,
+)
 
 # %% [markdown]
-# - A gradient finds in seconds what noise does not find at all.
+# - A gradient finds in seconds what noise hardly ever finds.
 # - Adversarial training holds inside its threat model, and says nothing outside it.
 # - A number under attack means little until somebody has attacked *that* defense.
 #
@@ -610,7 +681,9 @@ table("Accuracy on attacked scenes", ["method", "value [95 % interval]", "n", "u
 
 
 # %%
-def my_fgsm(model, images: torch.Tensor, labels: torch.Tensor, eps: float) -> torch.Tensor:
+def my_fgsm(
+    model, images: torch.Tensor, labels: torch.Tensor, eps: float
+) -> torch.Tensor:
     """images (B, 3, S, S) -> attacked images (B, 3, S, S)."""
     attacked = images.clone()  # replace this line
     return attacked
@@ -618,14 +691,21 @@ def my_fgsm(model, images: torch.Tensor, labels: torch.Tensor, eps: float) -> to
 
 # %%
 def check_fgsm(answer) -> str:
-    mine, sure = answer(vit, few, test.labels[:150], EPS), fgsm(vit, few, few_wrong, eps=EPS, grid=None)
+    mine, sure = (
+        answer(vit, few, test.labels[:150], EPS),
+        fgsm(vit, few, few_wrong, eps=EPS, grid=None),
+    )
     if mine.shape != few.shape or mine.min() < 0 or mine.max() > 1:
         return "not yet: keep the shape and stay in [0, 1]"
     if (mine - few).abs().max() > EPS + 1e-6:
         return "not yet: a pixel moved further than eps"
     broken = (vit(mine).argmax(-1) != test.labels[:150])[sure.attempted]
     same = (broken == sure.success[sure.attempted]).float().mean()
-    return "correct" if same > 0.99 else f"not yet: agrees with FGSM on {same:.0%} of the scenes"
+    return (
+        "correct"
+        if same > 0.99
+        else f"not yet: agrees with FGSM on {same:.0%} of the scenes"
+    )
 
 
 check_fgsm(my_fgsm)
@@ -667,14 +747,24 @@ check_fgsm(solved_fgsm)
 
 # %% tags=["hide-cell"]
 def bits(levels):
-    model, through = quantised_input(vit, levels=levels), straight_through(vit, lambda x: quantise(x, levels))
+    model, through = (
+        quantised_input(vit, levels=levels),
+        straight_through(vit, lambda x: quantise(x, levels)),
+    )
     crafted = pgd(through, few, few_wrong, eps=EPS, steps=20, generator=seeded(0))
     shown = (few, surrogates[0].images[:150], crafted.images)
-    return [rate((model(images).argmax(-1) == test.labels[:150]).numpy()) for images in shown]
+    return [
+        rate((model(images).argmax(-1) == test.labels[:150]).numpy())
+        for images in shown
+    ]
 
 
 answers = {levels: bits(levels) for levels in (2, 4, 8)}
-table("Quantised input, 150 scenes", ["levels", "clean", "transfer", "BPDA"], [(k, *v) for k, v in answers.items()])
+table(
+    "Quantised input, 150 scenes",
+    ["levels", "clean", "transfer", "BPDA"],
+    [(k, *v) for k, v in answers.items()],
+)
 
 # %% tags=["hide-cell"]
 claim(

@@ -37,7 +37,11 @@ def from_source(script: Path) -> nbformat.NotebookNode:
     notebook.metadata = nbformat.from_dict(
         {
             "jupytext": {"formats": "ipynb,py:percent"},
-            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "kernelspec": {
+                "display_name": "Python 3",
+                "language": "python",
+                "name": "python3",
+            },
             "language_info": {"name": "python"},
         }
     )
@@ -47,9 +51,17 @@ def from_source(script: Path) -> nbformat.NotebookNode:
 
 def execute(notebook: nbformat.NotebookNode, label: str) -> None:
     """Run every cell in place, with a bar over the cells. Two threads: the last bits of sums depend on their number."""
-    os.environ |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {
+        "OMP_NUM_THREADS": "2",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "HF_HUB_OFFLINE": "1",
+    }
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TextColumn("{task.completed}/{task.total} cells"))
+    columns = (
+        *Progress.get_default_columns()[:-1],
+        TimeElapsedColumn(),
+        TextColumn("{task.completed}/{task.total} cells"),
+    )
     with Progress(*columns) as bar:
         task = bar.add_task(label, total=len(code))
         client = NotebookClient(
@@ -70,11 +82,16 @@ def finish(notebook: nbformat.NotebookNode) -> None:
             continue
         for output in cell.outputs:
             if output.output_type == "stream" and output.name == "stderr":
-                raise RuntimeError(f"cell {cell.id} wrote to stderr: {output.text[:500]}")
+                raise RuntimeError(
+                    f"cell {cell.id} wrote to stderr: {output.text[:500]}"
+                )
             texts = output.get("data", {}).pop(FIGURE_MIME, None)
             if texts:
                 figure = {"caption": texts["caption"], "name": texts["name"]}
-                cell.metadata["mystnb"] = {"image": {"alt": texts["alt"]}, "figure": figure}
+                cell.metadata["mystnb"] = {
+                    "image": {"alt": texts["alt"]},
+                    "figure": figure,
+                }
     nbformat.validate(notebook)
 
 
@@ -99,7 +116,9 @@ def build(script: Path) -> bool:
 
 
 def _write(notebook: nbformat.NotebookNode, target: Path) -> bool:
-    if target.exists() and without_seconds(nbformat.read(target, as_version=4)) == without_seconds(notebook):
+    if target.exists() and without_seconds(
+        nbformat.read(target, as_version=4)
+    ) == without_seconds(notebook):
         return False
     aside = target.with_suffix(".partial")
     nbformat.write(notebook, aside)
@@ -111,11 +130,18 @@ def retell(script: Path) -> bool:
     """Take over changed prose without running anything; refuses if a code cell changed. Says whether it was written."""
     target = script.with_suffix(".ipynb")
     notebook, made = from_source(script), nbformat.read(target, as_version=4)
-    new, old = ([cell for cell in book.cells if cell.cell_type == "code"] for book in (notebook, made))
+    new, old = (
+        [cell for cell in book.cells if cell.cell_type == "code"]
+        for book in (notebook, made)
+    )
     if [cell.source for cell in new] != [cell.source for cell in old]:
         raise RuntimeError("code changed, so the notebook has to run: leave out --text")
     for fresh, run in zip(new, old, strict=True):
-        fresh.update(outputs=run.outputs, execution_count=run.execution_count, metadata=run.metadata)
+        fresh.update(
+            outputs=run.outputs,
+            execution_count=run.execution_count,
+            metadata=run.metadata,
+        )
     return _write(notebook, target)
 
 
@@ -125,18 +151,36 @@ def drifted(script: Path) -> str | None:
     if not target.exists():
         return f"{target.name} has not been made"
     made, wanted = nbformat.read(target, as_version=4).cells, from_source(script).cells
-    if [(c.cell_type, c.source, c.id) for c in made] != [(c.cell_type, c.source, c.id) for c in wanted]:
+    if [(c.cell_type, c.source, c.id) for c in made] != [
+        (c.cell_type, c.source, c.id) for c in wanted
+    ]:
         return f"{target.name} was made from an older {script.name}"
     return None
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stems", nargs="*", help="notebooks to make, by file name without ending; all if left out")
-    parser.add_argument("--text", action="store_true", help="take over changed prose without running the code")
-    parser.add_argument("--check", action="store_true", help="only say which notebooks have drifted from their scripts")
+    parser.add_argument(
+        "stems",
+        nargs="*",
+        help="notebooks to make, by file name without ending; all if left out",
+    )
+    parser.add_argument(
+        "--text",
+        action="store_true",
+        help="take over changed prose without running the code",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="only say which notebooks have drifted from their scripts",
+    )
     arguments = parser.parse_args()
-    scripts = sorted(path for path in HERE.glob("[0-9]*.py") if not arguments.stems or path.stem in arguments.stems)
+    scripts = sorted(
+        path
+        for path in HERE.glob("[0-9]*.py")
+        if not arguments.stems or path.stem in arguments.stems
+    )
     missing = set(arguments.stems) - {path.stem for path in scripts}
     if missing or not scripts:
         parser.error(f"no such notebook: {', '.join(sorted(missing)) or 'none found'}")
@@ -151,7 +195,9 @@ def main() -> int:
         except (CellExecutionError, RuntimeError) as error:
             print(f"{script.stem}: {error}", file=sys.stderr)
             return 1
-        print(f"{script.stem}: {time.perf_counter() - start:.0f} s, {'written' if written else 'unchanged'}")
+        print(
+            f"{script.stem}: {time.perf_counter() - start:.0f} s, {'written' if written else 'unchanged'}"
+        )
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from io import BytesIO
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
+
+    from safescale_lib.measure.intervals import Interval
 
 FIGURE_MIME = "application/vnd.safescale.figure+json"
 
@@ -125,3 +127,34 @@ class Source:
 def source(function: Any) -> Source:
     """Show the code that is about to run: what a notebook prints is what the library executes."""
     return Source(function)
+
+
+def curves(series: Mapping[str, Sequence[Interval]], ticks: Sequence[object], *, xlabel: str, ylabel: str) -> Figure:
+    """Lines with their confidence bands. series: per name one interval for each tick; values are shares in [0, 1]."""
+    import matplotlib.pyplot as plt
+
+    positions = range(len(ticks))
+    with style():
+        figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+        for (name, points), colour, marker, dash in zip(series.items(), COLOURS, MARKERS, DASHES, strict=False):
+            axis.plot(positions, [p.value for p in points], color=colour, marker=marker, linestyle=dash, label=name)
+            axis.fill_between(positions, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.15)
+        axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(-0.03, 1.03))
+        axis.set_xticks(positions, [str(tick) for tick in ticks])
+        axis.legend(loc="lower left")
+    return figure
+
+
+def bars(values: Mapping[str, Interval], *, xlabel: str) -> Figure:
+    """Horizontal bars with their confidence intervals; values are shares in [0, 1]."""
+    import matplotlib.pyplot as plt
+
+    points = list(values.values())
+    errors = [[p.value - p.low for p in points], [p.high - p.value for p in points]]
+    with style():
+        figure, axis = plt.subplots(figsize=(6, 0.9 + 0.4 * len(points)), layout="constrained")
+        axis.barh(list(values), [p.value for p in points], xerr=errors, color=COLOURS[0], ecolor=COLOURS[2], capsize=3)
+        axis.invert_yaxis()
+        axis.grid(visible=False, axis="y")
+        axis.set(xlabel=xlabel, xlim=(0, 1.04))
+    return figure

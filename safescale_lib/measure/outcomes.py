@@ -218,21 +218,18 @@ class Outcomes(Sequence[Outcome]):
     def __getitem__(self, index: Any) -> Any:
         return self._outcomes[index]
 
-    def _cells(self) -> list[list[str]]:
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         def number(value: float | None) -> str:
             return "-" if value is None else f"{value:.3f}"
 
-        return [
-            [o.method, o.metric, str(o.measured), f"{o.measured.n:,}", number(o.control), number(o.utility)]
-            for o in self._outcomes
-        ]
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         header = ["method", "metric", "value [95 % interval]", "n", "without the attack", "utility"]
-        return {
-            **table(self.caption, header, self._cells())._repr_mimebundle_(),
-            OUTCOME_MIME: [o.as_json() for o in self._outcomes],
-        }
+        rows = [[o.method, o.metric, str(o.measured), f"{o.measured.n:,}", number(o.control), number(o.utility)] for o in self]
+        if len({o.seed for o in self}) > 1:
+            header.insert(1, "seed")
+            for row, o in zip(rows, self, strict=True):
+                row.insert(1, "-" if o.seed is None else str(o.seed))
+        shown = table(self.caption, header, rows)._repr_mimebundle_()
+        return {**shown, OUTCOME_MIME: [o.as_json() for o in self]}
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ class PixelAttack:
         return ~(self.success | self.skipped)
 
 
+@torch.enable_grad()
 def ascend(
     model: Model,
     images: torch.Tensor,
@@ -245,6 +246,11 @@ def _best_of(
     batch_size: int,
 ) -> PixelAttack:
     """Search from each start in turn on the items still standing; judge what comes back, keep what holds."""
+    if ball.eps > 0 and not ball.holds(ball.settle(images, images), images).all():
+        raise ValueError(
+            f"images must be multiples of 1/{ball.grid} when eps is this small: rounding alone already leaves the ball; "
+            "round them first, or pass grid=None to attack raw floats"
+        )
     meter, best = Meter(), images.clone()
     with frozen(model):
         skipped = ~_ask(model, images, criterion.correct, batch_size, meter)

@@ -3,9 +3,10 @@
 `technique` binds a function to its place in the taxonomy; `coverage` counts what is bound and was run.
 """
 
+from safescale_lib.measure import OUTCOME_MIME
 from safescale_lib.survey.bindings import Technique, bindings, technique
 from safescale_lib.survey.coverage import Coverage, NodeCoverage, coverage
-from safescale_lib.survey.ledger import OUTCOME_MIME, Entry, outcomes
+from safescale_lib.survey.ledger import Entry, outcomes
 from safescale_lib.survey.papers import Paper, citation_keys, paper, papers
 from safescale_lib.survey.taxonomy import Node, chapters, leaves, node, nodes
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-OUTCOME_MIME = "application/vnd.safescale.outcome+json"
+from safescale_lib.measure import OUTCOME_MIME
+
 FIELDS = ("technique", "metric", "value", "low", "high", "n", "control", "utility", "against", "cost", "seed")
 """What every outcome carries at least."""
 

@@ -354,17 +354,18 @@ def test_a_model_without_gradient_is_left_unbroken(case):
     assert pgd(model, images, labelled(model, images, 0), eps=0.1, random_start=False).success.any()
 
 
-def test_a_success_outside_the_budget_does_not_count():
-    """Half a level off the grid, any file lies too far away; one that fools the model is still no success."""
+def test_a_ball_without_a_single_file_in_it_is_refused():
+    """Half a level off the grid any file lies too far away: every attack would fail in silence."""
     images = torch.full((2, *SHAPE), 100.5 / 255, dtype=torch.float64)
     images[1] = 100 / 255
     model = Linear(torch.ones(48, dtype=torch.float64), -48 * 100.9 / 255)  # errs once all pixels stand at 101
     goal = Misclassified(torch.tensor([0, 0]))
-    for budget, wanted in (({"grid": 255}, [False, False]), ({"grid": None}, [True, False])):
-        found = pgd(model, images, goal, eps=0.45 / 255, random_start=False, **budget)
-        assert found.success.tolist() == wanted
-        assert torch.equal(found.images[1], images[1])
-        assert found.distance.max() <= 0.45 / 255 + 1e-6
+    with pytest.raises(ValueError, match=r"multiples of 1/255.*grid=None"):
+        pgd(model, images, goal, eps=0.45 / 255, random_start=False)
+    found = pgd(model, images, goal, eps=0.45 / 255, random_start=False, grid=None)
+    assert found.success.tolist() == [True, False]
+    assert torch.equal(found.images[1], images[1])
+    assert found.distance.max() <= 0.45 / 255 + 1e-6
     assert pgd(model, images, goal, eps=1 / 255, random_start=False).success.all()
 
 
@@ -724,3 +725,10 @@ def test_whole_numbers_of_numpy_count(case):
     found = pgd(model, images, goal, eps=0.1, steps=np.int64(3), batch_size=np.int32(8), generator=generator())
     assert same(found, pgd(model, images, goal, eps=0.1, steps=3, batch_size=8, generator=generator()))
     assert found.cost != Cost()
+
+
+def test_it_runs_where_gradients_are_off(case):
+    model, images, goal = case
+    with torch.no_grad():
+        inside = fgsm(model, images, goal, eps=EPS["linf"])
+    assert same(inside, fgsm(model, images, goal, eps=EPS["linf"]))

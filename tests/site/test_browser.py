@@ -17,11 +17,8 @@ pytestmark = [pytest.mark.site, pytest.mark.browser]
 
 AXE = next(Path(axe_playwright_python.__file__).parent.rglob("axe.min.js"))
 # All rules that axe runs unasked, and two that it keeps for those who ask. Without preload axe fetches nothing itself.
-AXE_OPTIONS = {
-    "preload": False,
-    "resultTypes": ["violations"],
-    "rules": {rule: {"enabled": True} for rule in ("label-content-name-mismatch", "focus-order-semantics")},
-}
+RULES = {rule: {"enabled": True} for rule in ("label-content-name-mismatch", "focus-order-semantics")}
+NO_CONTRAST = {"color-contrast": {"enabled": False}}  # colours do not depend on the width, and this rule takes most of the time
 WIDTHS = {"desk": (1280, 900), "phone": (360, 740)}
 UNFOLD = """async () => {
   document.querySelectorAll("article details").forEach((part) => (part.open = true));
@@ -71,6 +68,8 @@ def opened(browser: Browser, address: str, problems: list[str], **settings: Any)
 def test_every_page(browser: Browser, address: str, paths: list[str], colours: str, width: str) -> None:
     wide, high = WIDTHS[width]
     axe, faults = AXE.read_text("utf-8"), []
+    rules = RULES if width == "desk" else RULES | NO_CONTRAST
+    options = {"preload": False, "resultTypes": ["violations"], "rules": rules}
     problems: list[str] = []
     with opened(browser, address, problems, viewport={"width": wide, "height": high}, color_scheme=colours) as page:
         for path in paths:
@@ -85,7 +84,7 @@ def test_every_page(browser: Browser, address: str, paths: list[str], colours: s
                 if state == "folded":
                     page.evaluate(UNFOLD)
             page.evaluate(axe)
-            for violation in page.evaluate("options => axe.run(document, options)", AXE_OPTIONS)["violations"]:
+            for violation in page.evaluate("options => axe.run(document, options)", options)["violations"]:
                 where = "; ".join(f"{node['target']} {node['html'][:120]}" for node in violation["nodes"][:3])
                 problems.append(f"axe {violation['id']}, {len(violation['nodes'])} times: {where}")
             faults += [f"{path}: {problem}" for problem in problems]
@@ -147,7 +146,7 @@ def test_tab_reaches_the_skip_link_first(page: Page, address: str) -> None:
 
 def test_folded_parts_unfold_by_keyboard(page: Page, address: str) -> None:
     page.goto(f"{address}notebooks/02_vision_foundation_models.html")
-    folded = page.locator("article details:not([open])").first
+    folded = page.locator("article details").first
     inside = folded.locator(":scope > :not(summary)").first
     assert not inside.is_visible()
     folded.locator("summary").focus()

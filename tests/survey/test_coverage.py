@@ -44,7 +44,6 @@ def test_the_ledger_reads_what_outcomes_write(tmp_path):
     from safescale_lib.measure.intervals import rate
 
     shown = written.Outcome(LEAF, "PGD-20", "robust accuracy", rate([True, False]), control=0.9, seed=0)
-    assert written.MIME == OUTCOME_MIME
     path = write(tmp_path, shown._repr_mimebundle_()[OUTCOME_MIME])
     assert dict(outcomes(path)[0].outcome) == shown.as_json()
 
