@@ -286,10 +286,10 @@ class CoverageTables(FromData):
             for entry in covered.baselines
         ]
         intro = (
-            "A baseline is a method that a branch of the survey starts from. It runs here, but it is not one of the "
-            "survey's own techniques and never counts as one."
+            "A baseline is a method that a branch of the survey starts from. It is not one of the survey's own techniques "
+            "and never counts as one."
         )
-        content = table("Baselines that run", ("branch", "functions", "notebook", "outcomes"), rows, wrap=True)
+        content = table("Baselines of this edition", ("branch", "functions", "notebook", "outcomes"), rows, wrap=True)
         return self.section([nodes.Text("Baselines")], nodes.paragraph("", intro), content, name="baselines")
 
     def chapter(self, chapter: Node, covered: Coverage) -> nodes.section:
