@@ -214,6 +214,9 @@ Outcomes("PGD from three random starts", pgd_accs)
 pgd_acc = pgd_accs[0]
 claim("PGD beats FGSM at the same eps", pgd_acc < fgsm_acc)
 
+# %% [markdown]
+# What did the attack change? Run it once more from the image itself and through every step, so that no random start hides the pattern.
+
 # %%
 whole = attack(
     vit, random_start=False, early_removal=False
@@ -256,6 +259,9 @@ gallery = [
     robust_accuracy(attack(vit, **other), **names | {"method": name}, seed=0)
     for name, other in variants.items()
 ]
+
+# %% [markdown]
+# A targeted attack needs another criterion, and nothing else.
 
 # %%
 from safescale_lib.measure.criteria import ClassifiedAs
@@ -302,6 +308,9 @@ curves = {
     "FGSM": sweep(fgsm, vit),
     "PGD-20": sweep(pgd, vit, generator=seeded(0)),
 }
+
+# %% [markdown]
+# Check the rule before you look at the picture.
 
 # %%
 values = [point.value for point in curves["PGD-20"]]
@@ -480,6 +489,9 @@ runs_r.append(held["vit-robust"])  # and the plain PGD-20 from above
 survivors = torch.stack([run.survived for run in runs_r]).all(0).numpy()
 spent = runs_r[0].cost + runs_r[1].cost + runs_r[2].cost
 
+# %% [markdown]
+# Put the verdicts together: the worst case per scene, and the cost of all three runs.
+
 # %%
 adaptive = Outcome(
     ATTACK, "adaptive: PGD-30 with 2 restarts, then on the margin; worst case", "robust accuracy",
@@ -541,7 +553,8 @@ Outcomes("Eight grey levels under the strongest attack so far", white_accs)
 # Nearly perfect, better than adversarial training, and free. **Stop here and predict:** what would you check before you publish this?
 #
 # A white-box attacker knows more than any other, so a weaker attacker must not do better. Try one: make the pictures against the *undefended*
-# ViT, which anybody could train, and show them to the defended one {cite}`papernot2017practical`.
+# ViT and show them to the defended one, without another look at it {cite}`papernot2017practical`. Here the surrogate is the very network behind the
+# rounding, the easiest case; an attacker without it would train one of their own.
 
 # %%
 squeezed |= dict(technique=ATTACK, against="vfm.vit.adversarial_defense")
@@ -586,6 +599,9 @@ claim(
     bpda_accs[0] < white_accs[0],
     bpda_accs[0] < 0.5,
 )
+
+# %% [markdown]
+# Side by side, with the control:
 
 # %%
 noise_c = random_noise(
