@@ -25,6 +25,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A member, as `safesca
 @app.callback(invoke_without_command=True)
 def main(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     """What `safescale` does before, or without, a subcommand."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads crawl on a busy machine
     if version:
         typer.echo(__version__)
         raise typer.Exit
