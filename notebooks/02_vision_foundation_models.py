@@ -184,7 +184,7 @@ claim(
 #
 # This is the whole search. You will meet it again in every chapter, pointed at other objectives.
 
-# %%
+# %% tags=["nbval-check-output"]
 from safescale_lib.search import pixels
 
 figures.source(pixels.ascend)
@@ -355,7 +355,7 @@ claim(
 #
 # Every batch is attacked first, by a short PGD, and the model learns from the attacked pictures.
 
-# %%
+# %% tags=["nbval-check-output"]
 figures.source(adversarial_training)
 
 # %% [markdown]
@@ -532,7 +532,7 @@ figures.show(
 # Here is a simpler idea. Small changes should vanish if the model sees coarse pixels only: round each channel to eight levels
 # before the model looks {cite}`xu2018squeezing`. No training, one line.
 
-# %%
+# %% tags=["nbval-check-output"]
 figures.source(quantised_input)
 
 # %%
@@ -579,7 +579,7 @@ claim(
 # The cure for the attacker: run the rounding forwards and pretend on the way back that it was not there. This is *backward pass
 # differentiable approximation* (BPDA) in its simplest form.
 
-# %%
+# %% tags=["nbval-check-output"]
 from safescale_lib.search.models import straight_through
 from safescale_lib.vfm.vit import quantise
 

@@ -137,11 +137,10 @@ def retell(script: Path) -> bool:
     if [cell.source for cell in new] != [cell.source for cell in old]:
         raise RuntimeError("code changed, so the notebook has to run: leave out --text")
     for fresh, run in zip(new, old, strict=True):
-        fresh.update(
-            outputs=run.outputs,
-            execution_count=run.execution_count,
-            metadata=run.metadata,
-        )
+        fresh.update(outputs=run.outputs, execution_count=run.execution_count)
+        fresh.metadata = (
+            run.metadata | fresh.metadata
+        )  # a figure's texts come from its run, tags from the script
     return _write(notebook, target)
 
 
