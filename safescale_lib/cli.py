@@ -75,7 +75,7 @@ def verify(
             continue
         from safescale_lib.zoo import load, recipes
 
-        metrics = recipes.classifier_metrics(load(member))
+        metrics = recipes.measure(member, load(member))
         _compare(member, metrics, json.loads((directory / "card.json").read_text())["metrics"])
         faults += recipes.differences(member, metrics, store.card(member)["metrics"])
     for fault in faults:

@@ -111,6 +111,18 @@ def scenes(n: int, *, split: Split, seed: int, objects: int = 1, side: int = 32)
     )
 
 
+def points_inside(masks: torch.Tensor, *, generator: torch.Generator) -> torch.Tensor:
+    """A random pixel of each mask, as a point prompt for a segmenter.
+
+    masks: (..., S, S) bool, none of them empty. Returns (..., 2) float32: x (column) and y (row) of the pixel.
+    """
+    if masks.dtype != torch.bool or masks.ndim < 2 or not masks.flatten(-2).any(-1).all():
+        raise ValueError(f"masks must be bool (..., S, S), none of them empty, got {masks.dtype} {tuple(masks.shape)}")
+    draw = torch.rand(masks.shape, generator=generator).masked_fill(~masks, -1.0)
+    pixel = draw.flatten(-2).argmax(-1)
+    return torch.stack([pixel % masks.shape[-1], pixel // masks.shape[-1]], dim=-1).float()
+
+
 def _caption(kinds: np.ndarray, colours: np.ndarray) -> str:
     words = [f"a {COLOUR_NAMES[c]} {KINDS[k]}" for k, c in zip(kinds, colours, strict=True)]
     return " left of ".join(words).replace("a orange", "an orange")

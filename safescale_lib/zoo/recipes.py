@@ -1,4 +1,4 @@
-"""How each member was made: its data, its loss, its test metrics, its card.
+"""The members of the zoo: each one's recipe, and how a recipe becomes a directory with weights and a card.
 
 A recipe is deterministic for a given seed and number of threads. `make` trains a member into a staging directory;
 the metrics are measured on the half-precision files as they will be read, not on the model in memory.
@@ -8,66 +8,41 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from safescale_lib.measure.criteria import Misclassified
-from safescale_lib.measure.intervals import rate
-from safescale_lib.search.pixels import pgd, random_noise, worst_case
-from safescale_lib.world.scenes import KINDS, SHAPES, Scenes, scenes
-from safescale_lib.zoo.adapter import PixelClassifier, load_classifier, save_classifier
+from safescale_lib.zoo.kinds import Kind, Run, Training, kind
 from safescale_lib.zoo.training import fit
 
-THREADS = 2  # sums differ in their last bit between 1 and 2 threads, and training amplifies that
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: seed of everything random, where, where to resume from (None: nowhere), bar or no bar."""
-
-    seed: int = 0
-    device: str = "cpu"
-    state: Path | None = None
-    progress: bool = True
-
-
-@dataclass(frozen=True)
-class Training:
-    """The numbers of a recipe. steps of `batch` fresh scenes each; lr: peak learning rate of AdamW.
-
-    eps, inner_steps: radius (in pixel units) and steps of the attack inside adversarial training; 0 for none.
-    ramp: share of the training over which eps grows from zero. start: member whose weights it begins from.
-    """
-
-    steps: int
-    batch: int = 128
-    lr: float = 1.5e-3
-    label_smoothing: float = 0.0
-    eps: float = 0.0
-    inner_steps: int = 0
-    ramp: float = 0.0
-    start: str | None = None
+__all__ = ["RECIPES", "Recipe", "Run", "Training", "differences", "make", "measure", "train"]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A member in words and numbers."""
+    """A member in words and numbers. kind: see `zoo.kinds`; options: what its `build` takes."""
 
     title: str
     summary: str
     intended_use: str
     limits: str
     training: Training
+    kind: str = "classifier"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    data: str = ""
 
 
 _DATA = (
     "Generated scenes of one object (eight shapes, ten digits, eight colours) on textured backgrounds, 32 x 32 pixels; "
     "digits are scikit-learn's scans, of which training, validation and test own disjoint parts."
+)
+_SEGMENTED = (
+    "Generated scenes of one or of two objects (eight shapes, ten digits, eight colours) on textured backgrounds, 32 x 32 "
+    "pixels, with the mask of each object; a random pixel of the object is the prompt. Digits are scikit-learn's scans, of "
+    "which training, validation and test own disjoint parts."
 )
 _LIMITS = "Knows this toy world only. Its robustness says nothing about photographs or about other sizes of model."
 
@@ -77,87 +52,115 @@ RECIPES: dict[str, Recipe] = {
         summary="A small Vision Transformer that names the object in a scene: the victim of chapter 2.",
         intended_use="A white-box victim and a transfer surrogate for teaching attacks and defenses.",
         limits=_LIMITS,
-        training=Training(steps=2500, label_smoothing=0.05),
+        training=Training(steps=2500, label_smoothing=0.05, threads=2),
     ),
     "vit-robust": Recipe(
         title="Adversarially trained ViT classifier",
         summary="The same architecture, fine-tuned from `vit` on images attacked during training (PGD, linf, eps 8/255).",
         intended_use="The defended model of chapter 2; a target for adaptive attacks.",
         limits=_LIMITS + " Robust in the linf ball it was trained for; other norms and larger radii break it.",
-        training=Training(steps=1500, lr=1e-3, eps=8 / 255, inner_steps=2, ramp=0.4, start="vit"),
+        training=Training(steps=1500, lr=1e-3, eps=8 / 255, inner_steps=2, ramp=0.4, start="vit", threads=2),
+    ),
+    "vit-fine": Recipe(
+        title="ViT classifier with a finer grid",
+        summary="A second Vision Transformer, trained from another seed, with patches of 4 pixels in place of 8.",
+        intended_use="A target for attacks that were made on `vit`: another network, another patch grid, the same task.",
+        limits=_LIMITS,
+        training=Training(steps=2000, batch=64, lr=1.5e-3, label_smoothing=0.05),
+        options={
+            "patch_size": 4,
+            "hidden_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "intermediate_size": 256,
+        },
+    ),
+    "cnn": Recipe(
+        title="Convolutional classifier",
+        summary="A small residual network (ResNet) that names the object in a scene.",
+        intended_use="A target for transfer attacks from a ViT to another family of architectures.",
+        limits=_LIMITS,
+        training=Training(steps=2000, batch=64, lr=2e-3, label_smoothing=0.05),
+        options={
+            "architecture": "resnet",
+            "embedding_size": 32,
+            "hidden_sizes": [32, 64, 128],
+            "depths": [2, 2, 1],
+            "layer_type": "basic",
+        },
+    ),
+    "denoiser": Recipe(
+        title="Diffusion model of scenes",
+        summary="A small unconditional U-Net that removes a known amount of Gaussian noise from a scene.",
+        intended_use="Purifying attacked pictures before a classifier sees them, and attacking that defense.",
+        limits=_LIMITS + " Its training spends itself on little noise: as a generator of scenes from pure noise it is poor.",
+        training=Training(steps=1200, batch=64, lr=2e-3),
+        kind="denoiser",
+        options={"prediction_type": "v_prediction"},
+    ),
+    "sam": Recipe(
+        title="Segment Anything Model",
+        summary="A small SAM: image encoder, prompt encoder and a mask decoder that returns the mask of the object at a point.",
+        intended_use="The victim of the segmentation part of chapter 2, and a surrogate for transfer attacks.",
+        limits=_LIMITS + " One foreground point in, one mask out: boxes, background points and IoU scores are untrained.",
+        training=Training(steps=1200, batch=48, lr=2e-3),
+        kind="segmenter",
+        data=_SEGMENTED,
+    ),
+    "sam-b": Recipe(
+        title="Segment Anything Model of another shape",
+        summary="A second small SAM: wider but shallower, with global attention only and a narrower decoder.",
+        intended_use="A target for attacks that were made on `sam`.",
+        limits=_LIMITS + " One foreground point in, one mask out: boxes, background points and IoU scores are untrained.",
+        training=Training(steps=900, batch=48, lr=2e-3),
+        kind="segmenter",
+        options={"width": 80, "layers": 3, "heads": 5, "decoder": 48, "window": 0},
+        data=_SEGMENTED,
+    ),
+    "sam-robust": Recipe(
+        title="Adversarially tuned Segment Anything Model",
+        summary="`sam`, its image encoder tuned on scenes attacked during training (PGD, linf, eps 32/255).",
+        intended_use="The defended segmenter of chapter 2; a target for adaptive attacks.",
+        limits=_LIMITS + " Robust in the linf ball it was trained for; other norms and larger radii break it.",
+        training=Training(steps=700, batch=48, lr=1e-3, eps=32 / 255, inner_steps=3, ramp=0.3, start="sam"),
+        kind="segmenter",
+        data=_SEGMENTED,
     ),
 }
 
 
-def build_vit(seed: int) -> PixelClassifier:
-    """A fresh ViT with random weights: 32 px, patch 8, width 96, 4 layers, about 0.47 M parameters."""
-    from transformers import ViTConfig, ViTForImageClassification
+def train(name: str, run: Run, training: Training | None = None) -> tuple[torch.nn.Module, float]:
+    """Train a member from its recipe; returns the model, in evaluation mode on the CPU, and the seconds it took.
 
-    config = ViTConfig(
-        image_size=32,
-        patch_size=8,
-        hidden_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=3,
-        intermediate_size=384,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.06,
-        id2label=dict(enumerate(KINDS)),
-        label2id={kind: index for index, kind in enumerate(KINDS)},
-    )
-    with torch.random.fork_rng(devices=[]):  # transformers draws initial weights from the global stream
-        torch.random.manual_seed(seed)
-        model = ViTForImageClassification(config)
-    return PixelClassifier(model, mean=(0.5,) * 3, std=(0.5,) * 3)
-
-
-def train_classifier(training: Training, run: Run, start: PixelClassifier | None = None) -> tuple[PixelClassifier, float]:
-    """Train on fresh scenes; with eps > 0 on their worst case in the ball, as adversarial training does [madry2018pgd].
-
-    Returns the classifier and the seconds it took. The scenes of step t and the random start of its attack come from
-    (run.seed, t), so that a resumed run is the same run.
+    training: other settings than the recipe's. Unknown names raise ValueError.
     """
-    model = (start or build_vit(run.seed)).to(run.device)
+    recipe = _recipe(name)
+    training = training or recipe.training
+    made = kind(recipe.kind)
+    if training.start:
+        from safescale_lib.zoo import load
 
-    def loss(step: int) -> torch.Tensor:
-        # Seeds below a million are for evaluation and the notebooks.
-        batch = scenes(training.batch, split="train", seed=(run.seed + 1) * 1_000_000 + step)
-        images, labels = batch.images.to(run.device), batch.labels.to(run.device)
-        if training.eps:
-            eps = training.eps * min(1.0, (step + 1) / (training.ramp * training.steps))
-            images = worst_case(
-                model, images, labels, eps=eps, steps=training.inner_steps, generator=torch.Generator().manual_seed(step)
-            )
-        return F.cross_entropy(model(images), labels, label_smoothing=training.label_smoothing)
-
-    settings = {**asdict(training), "seed": run.seed}
+        model: torch.nn.Module = load(training.start)
+    else:
+        model = made.build(recipe.options, run.seed)
+    model = model.to(run.device)
+    settings = {**asdict(training), "options": dict(recipe.options), "seed": run.seed}
     seconds = fit(
-        model, loss, steps=training.steps, lr=training.lr, state=run.state, settings=settings, progress=run.progress
+        model, made.loss(model, training, run), steps=training.steps, lr=training.lr, state=run.state, settings=settings,
+        progress=run.progress, threads=training.threads,
     )  # fmt: skip
     return model.cpu().eval(), seconds
 
 
-def classifier_metrics(model: PixelClassifier, n: int = 2000, n_attacked: int = 500) -> list[dict[str, Any]]:
-    """Clean and robust accuracy on test scenes with 95 % Wilson intervals, as rows of a card."""
-    test = scenes(n, split="test", seed=0)
-    clean = _survived(model, test, 0.0)
-    drawn = test.labels < len(SHAPES)
-    rows = [
-        ("clean accuracy", clean),
-        ("clean accuracy, shapes", clean[drawn]),
-        ("clean accuracy, unseen digits", clean[~drawn]),
-    ]
-    few = scenes(n_attacked, split="test", seed=1)
-    noise = random_noise(model, few.images, Misclassified(few.labels), eps=8 / 255, generator=torch.Generator().manual_seed(0))
-    rows.append(("accuracy under random noise, eps 8/255", noise.survived))
-    rows += [(f"robust accuracy, PGD-20, eps {level}/255", _survived(model, few, level / 255)) for level in (2, 4, 8)]
-    return [{"metric": name, **rate(hits.numpy())._asdict()} for name, hits in rows]
+def measure(name: str, model: Any) -> list[dict[str, Any]]:
+    """The metrics of a member's card, measured on a model of its kind."""
+    return kind(_recipe(name).kind).metrics(model)
 
 
-def _survived(model: PixelClassifier, test: Scenes, eps: float) -> torch.Tensor:
-    attack = pgd(model, test.images, Misclassified(test.labels), eps=eps, steps=20, generator=torch.Generator().manual_seed(0))
-    return attack.survived
+def _recipe(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise ValueError(f"name must be one of {', '.join(RECIPES)}; got {name!r}")
+    return RECIPES[name]
 
 
 def make(
@@ -166,59 +169,57 @@ def make(
     run: Run,
     *,
     training: Training | None = None,
-    metrics: Callable[[PixelClassifier], list[dict[str, Any]]] = classifier_metrics,
+    metrics: Callable[[Any], list[dict[str, Any]]] | None = None,
 ) -> None:
     """Train a member and write it, with card.json and README.md, into the staged directory.
 
-    training: other settings than the recipe's. metrics: what the card reports, measured on the files as written.
+    training: other settings than the recipe's. metrics: what the card reports, measured on the files as written;
+    by default its kind's.
     """
-    if name not in RECIPES:
-        raise ValueError(f"name must be one of {', '.join(RECIPES)}; got {name!r}")
-    recipe = RECIPES[name]
+    recipe = _recipe(name)
     training = training or recipe.training
-    start = None
-    if training.start:
-        from safescale_lib.zoo import load
-
-        start = load(training.start)
+    made = kind(recipe.kind)
     before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(training.threads)
     try:
-        model, seconds = train_classifier(training, run, start)
-        save_classifier(model, staged)
-        measured = metrics(load_classifier(staged, local=True))
+        model, seconds = train(name, run, training)
+        made.save(model, staged)
+        measured = (metrics or made.metrics)(made.load(staged, local=True))
     finally:
         torch.set_num_threads(before)
+    numbers = {key: value for key, value in asdict(training).items() if value not in (None, 0, 0.0) and key != "threads"}
     card = {
         "name": name,
+        "kind": recipe.kind,
         "title": recipe.title,
         "summary": recipe.summary,
-        "architecture": f"transformers {type(model.model).__name__}: " + _shape(model),
+        "architecture": f"{_library(made)} {made.describe(model)}",
         "parameters": sum(weight.numel() for weight in model.parameters()),
-        "bytes": (staged / "model.safetensors").stat().st_size,
-        "data": _DATA,
-        "recipe": {key: value for key, value in asdict(training).items() if value not in (None, 0, 0.0)},
+        "bytes": sum(file.stat().st_size for file in staged.glob("*.safetensors")),
+        "data": recipe.data or _DATA,
+        "recipe": numbers,
         "seconds": round(seconds),
-        "machine": f"{THREADS} threads, {run.device}, {platform.machine()}, torch {torch.__version__.split('+')[0]}",
+        "machine": f"{_threads(training)}, {run.device}, {platform.machine()}, torch {torch.__version__.split('+')[0]}",
         "seed": run.seed,
         "intended_use": recipe.intended_use,
         "limits": recipe.limits,
         "metrics": measured,
     }
     (staged / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-    (staged / "README.md").write_text(readme(card))
+    (staged / "README.md").write_text(readme(card, made.PIPELINE_TAG, _library(made)))
 
 
-def _shape(model: PixelClassifier) -> str:
-    c = model.model.config
-    return (
-        f"{c.image_size} px, patch {c.patch_size}, width {c.hidden_size}, {c.num_hidden_layers} layers, "
-        f"{c.num_attention_heads} heads, {len(model.classes)} classes"
-    )
+def _threads(training: Training) -> str:
+    return "1 thread" if training.threads == 1 else f"{training.threads} threads"
 
 
-def readme(card: dict[str, Any]) -> str:
-    """A card as the README.md of a Hub repository."""
+def _library(made: Kind) -> str:
+    """The library whose class a kind stores; the Hub's word for it."""
+    return getattr(made, "LIBRARY", "transformers")
+
+
+def readme(card: dict[str, Any], tag: str, library: str = "transformers") -> str:
+    """A card as the README.md of a Hub repository; tag: the pipeline it serves; library: whose class it is."""
     rows = "\n".join(
         f"| {m['metric']} | {m['value']:.3f} | {m['low']:.3f} to {m['high']:.3f} | {m['n']:,} |" for m in card["metrics"]
     )
@@ -228,8 +229,8 @@ def readme(card: dict[str, Any]) -> str:
     )
     return f"""---
 license: mit
-library_name: transformers
-pipeline_tag: image-classification
+library_name: {library}
+pipeline_tag: {tag}
 ---
 # {card["title"]} (`{card["name"]}`)
 
@@ -243,7 +244,7 @@ pipeline_tag: image-classification
 
 {recipe}
 
-**Test metrics** (95 % Wilson intervals)
+**Test metrics** (95 % intervals)
 
 | metric | value | interval | n |
 |---|---|---|---|

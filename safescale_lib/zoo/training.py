@@ -1,7 +1,7 @@
 """One training loop for every recipe: seeded, with a progress bar, and killable at any moment.
 
 Nothing random is remembered between steps. A recipe computes step t's batch from (seed, t) alone, so the state is the
-weights, AdamW's two moments and t - three kinds of tensors in one safetensors file, written aside and renamed.
+weights, the buffers (running means), AdamW's two moments and t, in one safetensors file, written aside and renamed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -32,23 +33,26 @@ def fit(
     save_every: float = 20.0,
     label: str = "training",
     progress: bool = True,
+    threads: int = 1,
 ) -> float:
     """Minimise loss(step) over the model's weights, in place; returns the seconds spent, over all resumed runs.
 
     AdamW, linear warm-up over `warmup` steps, then a cosine to zero, gradient norm clipped at 1.
     loss: step number -> scalar; everything random in it comes from that number. state: file to resume from and
     to save to every `save_every` seconds; None keeps nothing. settings: what the run depends on; a state written
-    under other settings is refused with ValueError.
+    under other settings is refused with ValueError. threads: of the CPU while it trains; sums differ in their last bit
+    between 1 and 2, and training amplifies that, so the number must not depend on who calls.
     """
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     optimizer = torch.optim.AdamW(weights.values(), lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
     fingerprint = json.dumps({"steps": steps, "lr": lr, **(settings or {})}, sort_keys=True, default=str)
-    first, before = _resume(state, weights, optimizer, fingerprint) if state and state.exists() else (0, 0.0)
+    buffers = dict(model.named_buffers())
+    first, before = _resume(state, weights, buffers, optimizer, fingerprint) if state and state.exists() else (0, 0.0)
     begun = saved = time.perf_counter()
     columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.3f}"))
     was_training = model.training
     model.train()
-    with Progress(*columns, disable=not progress) as bar:
+    with _threads(threads), Progress(*columns, disable=not progress) as bar:
         task = bar.add_task(label, total=steps, completed=first, loss=float("nan"))
         for step in range(first, steps):
             for group in optimizer.param_groups:
@@ -61,21 +65,32 @@ def fit(
             bar.update(task, advance=1, loss=value.item())
             now = time.perf_counter()
             if state and now - saved > save_every:
-                _save(state, weights, optimizer, step + 1, before + now - begun, fingerprint)
+                _save(state, weights, buffers, optimizer, step + 1, before + now - begun, fingerprint)
                 saved = now
     model.train(was_training)
     return before + time.perf_counter() - begun
 
 
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _save(
     state: Path,
     weights: dict[str, torch.nn.Parameter],
+    buffers: dict[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     step: int,
     seconds: float,
     fingerprint: str,
 ) -> None:
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {f"buffer.{name}": buffer for name, buffer in buffers.items()}
     for name, weight in weights.items():
         moments = optimizer.state[weight]
         tensors |= {
@@ -90,7 +105,11 @@ def _save(
 
 
 def _resume(
-    state: Path, weights: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, fingerprint: str
+    state: Path,
+    weights: dict[str, torch.nn.Parameter],
+    buffers: dict[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    fingerprint: str,
 ) -> tuple[int, float]:
     with safe_open(state, framework="pt") as file:
         metadata = file.metadata()
@@ -101,6 +120,8 @@ def _resume(
             )
         step = int(metadata["step"])
         with torch.no_grad():
+            for name, buffer in buffers.items():
+                buffer.copy_(file.get_tensor(f"buffer.{name}"))
             for name, weight in weights.items():
                 weight.copy_(file.get_tensor(f"weight.{name}"))
                 optimizer.state[weight] = {

@@ -18,6 +18,8 @@ def test_captions_use_the_worlds_words_only() -> None:
 
 
 def test_models_answer_with_the_worlds_words_only() -> None:
-    for name in store.names():
+    classifiers = [name for name in store.names() if store.card(name).get("kind", "classifier") == "classifier"]
+    assert classifiers
+    for name in classifiers:
         labels = json.loads((store.folder(name) / "config.json").read_text())["id2label"]
         assert tuple(labels[str(i)] for i in range(len(labels))) == KINDS

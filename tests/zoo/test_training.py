@@ -86,7 +86,7 @@ recipes.fit.__kwdefaults__["save_every"] = 0.0
 training = recipes.Training(steps=int(sys.argv[2]), batch=4)
 torch.set_num_threads(1)
 print("ready", flush=True)
-model, _ = recipes.train_classifier(training, recipes.Run(seed=3, state=Path(sys.argv[1]), progress=False))
+model, _ = recipes.train("vit", recipes.Run(seed=3, state=Path(sys.argv[1]), progress=False), training)
 print(torch.cat([w.flatten() for w in model.parameters()]).double().sum().item())
 """
 
