@@ -2,6 +2,10 @@
 
 nbval runs every cell and compares outputs letter by letter or not at all. Measured numbers want the third way: a cell
 fails if one of its outcomes is missing, is new, or has a value outside the committed 95 % interval.
+
+The interval speaks of the items. Where the model was trained in the run itself, the value also depends on the machine: sums
+differ in their last bit between processors and numbers of threads, and training amplifies that. Such an outcome says so
+(`trained`), and its value may lie outside by as much as TRAINING_SPREAD.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import pytest
 from safescale_lib.measure import OUTCOME_MIME
 
 Identity = tuple[Any, ...]
+TRAINING_SPREAD = 0.1
 
 
 def carried(outputs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -34,7 +39,8 @@ def differences(committed: list[dict[str, Any]], measured: list[dict[str, Any]])
     faults += [f"outcome is not committed: {' / '.join(map(str, key))}" for key in new.keys() - old.keys()]
     for key in old.keys() & new.keys():
         was, now = old[key], new[key]
-        if not was["low"] - 1e-6 <= now["value"] <= was["high"] + 1e-6:
+        slack = TRAINING_SPREAD if was.get("trained") else 1e-6
+        if not was["low"] - slack <= now["value"] <= was["high"] + slack:
             faults.append(
                 f"{was['method']}: {was['metric']} is {now['value']:.4f}, committed {was['low']:.4f} to {was['high']:.4f}"
             )

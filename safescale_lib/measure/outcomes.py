@@ -29,7 +29,8 @@ class Outcome:
     measured: value, 95 % interval and n. control: the same metric without the attack. utility: clean accuracy,
     or its counterpart, of the model concerned. against: key of the defense this attack was adapted to, else None.
     cost: what was spent. seed: of the attack's random draws. items: (n,) bool per item, if the metric is a rate;
-    two outcomes on the same items are compared in pairs.
+    two outcomes on the same items are compared in pairs. trained: the model behind the number was trained in this very
+    run, so that the number also depends on the last bits of the machine's sums, beyond what the interval says.
     """
 
     technique: str
@@ -42,6 +43,7 @@ class Outcome:
     cost: Cost = field(default_factory=Cost)
     seed: int | None = None
     items: np.ndarray | None = field(default=None, repr=False)
+    trained: bool = False
 
     def __post_init__(self) -> None:
         for name in ("technique", "method", "metric"):
@@ -83,6 +85,7 @@ class Outcome:
             "against": self.against,
             "cost": self.cost.as_dict(),
             "seed": None if self.seed is None else int(self.seed),
+            "trained": self.trained,
         }
 
     def __str__(self) -> str:
@@ -102,6 +105,8 @@ class Outcome:
             facts.append(("cost per run", ", ".join(spent)))
         if self.seed is not None:
             facts.append(("seed", str(self.seed)))
+        if self.trained:
+            facts.append(("model", "trained in this run"))
         return [*facts, ("technique", self.technique)]
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
@@ -128,14 +133,15 @@ def robust_accuracy(
     clean: float,
     against: str | None = None,
     seed: int | None = None,
+    trained: bool = False,
 ) -> Outcome:
     """Share of all items still classified correctly after an attack, as an outcome.
 
     attack: a result with `survived` (N,) bool and `cost`. clean: accuracy on the same items without the attack; it is
-    the control and the utility at once.
+    the control and the utility at once. trained: see `Outcome`.
     """
     items = np.asarray(attack.survived)
-    return Outcome(technique, method, "robust accuracy", rate(items), clean, clean, against, attack.cost, seed, items)
+    return Outcome(technique, method, "robust accuracy", rate(items), clean, clean, against, attack.cost, seed, items, trained)
 
 
 @dataclass(frozen=True)
