@@ -17,7 +17,7 @@ SCRIPTS := $(wildcard notebooks/[0-9]*.py)
 NOTEBOOKS := $(SCRIPTS:.py=.ipynb)
 PAGES := _config.yml _toc.yml $(shell find book benchmarks/results -type f -not -path '*/__pycache__/*' 2>/dev/null)
 
-.PHONY: help book serve lab notebooks test lint unit nbval site-test bench clean
+.PHONY: help book serve lab notebooks test lint unit nbval site-test lab-test bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,7 +34,7 @@ lab: $(VENV)/ready  ## open JupyterLab on the notebooks
 notebooks: _build/notebooks.stamp  ## run every notebook again and keep its outputs
 	@echo "The notebooks are up to date."
 
-test: lint unit nbval site-test  ## lint, types, unit tests, notebooks with their outcomes, site
+test: lint unit nbval site-test lab-test  ## lint, types, unit tests, notebooks with their outcomes, site, JupyterLab
 	@echo "All checks passed."
 
 lint: $(VENV)/ready
@@ -44,7 +44,7 @@ lint: $(VENV)/ready
 
 # One thread a worker: two workers with two threads each would only wait for one another.
 unit: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --ignore=tests/site
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --ignore=tests/site --ignore=tests/notebooks/test_jupyterlab.py
 
 nbval: $(VENV)/ready
 	$(BIN)/python notebooks/build.py --check
@@ -53,8 +53,14 @@ nbval: $(VENV)/ready
 site-test: $(SITE)/index.html
 	SAFESCALE_SITE=$(SITE) $(BIN)/python -m pytest -q tests/site
 
-bench: .venv-bench/ready  ## measure PGD side by side with three attack libraries
-	.venv-bench/bin/python -m benchmarks.pgd
+# A chapter in a real JupyterLab: as long as the chapter, so no other test runs beside it.
+lab-test: $(VENV)/ready
+	$(BIN)/python -m pytest -q tests/notebooks/test_jupyterlab.py
+
+BENCHMARKS := pgd carlini_wagner square ensemble backdoor_detectors
+
+bench: .venv-bench/ready  ## measure attacks and detectors side by side with named libraries, one after the other
+	for name in $(BENCHMARKS); do .venv-bench/bin/python -m benchmarks.$$name; done
 
 clean:  ## remove what was built; the environment and the weights stay
 	rm -rf _build zoo-training .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -110,6 +110,32 @@ def image_grid(
     return figure
 
 
+def masked(images: torch.Tensor, masks: torch.Tensor, points: torch.Tensor | None = None, *, zoom: int = 8) -> torch.Tensor:
+    """Pictures for `image_grid` that show masks: inside the image as it is, outside dim and grey, a white line between.
+
+    images: (N, 3, S, S) in [0, 1]. masks: (N, S, S) bool. points: (N, 2) x and y in pixels of the prompts, drawn as a white dot
+    with a black rim. Returns (N, 3, S * zoom, S * zoom). Light alone tells inside from outside: it survives grey print.
+    """
+    import torch
+
+    if images.ndim != 4 or masks.shape != (len(images), *images.shape[2:]) or zoom < 3:
+        raise ValueError(f"images (N, 3, S, S), masks (N, S, S), zoom >= 3: got {images.shape}, {masks.shape}, {zoom}")
+    large, inside = (x.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1) for x in (images, masks[:, None]))
+    dim = 0.12 + 0.3 * large.mean(1, keepdim=True).expand_as(large)
+    shown = torch.where(inside, large, dim)
+    line = max(1, zoom // 4)
+    wide = torch.nn.functional.max_pool2d(inside.float(), 2 * line + 1, stride=1, padding=line) > 0
+    shown = torch.where(wide & ~inside, torch.ones_like(shown), shown)
+    if points is not None:
+        places = (torch.arange(large.shape[-1]) + 0.5) / zoom - 0.5  # of every small pixel, in pixels of the image
+        across = (places[None, None, :] - points[:, 0, None, None]) ** 2 + (
+            places[None, :, None] - points[:, 1, None, None]
+        ) ** 2
+        shown = torch.where((across < 1.3**2)[:, None], torch.zeros_like(shown), shown)
+        shown = torch.where((across < 0.8**2)[:, None], torch.ones_like(shown), shown)
+    return shown
+
+
 class Source:
     """A function's own text, as a notebook shows it: highlighted, with its place in the survey above it."""
 
