@@ -9,26 +9,38 @@ order shuffled each time, so that a disturbance of the machine falls on all alik
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import json
-import os
-import platform
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from rich.progress import Progress
 
+from benchmarks.common import (
+    PART,
+    RESULTS,
+    Answer,
+    Contender,
+    Result,
+    art_estimator,
+    art_verdict,
+    batches,
+    echo,
+    inside,
+    keep_freed_memory,
+    machine,
+    releases,
+    right,
+    run,
+    seconds,
+    show,
+    spread,
+    word,
+    write,
+)  # fmt: skip
 from safescale_lib import zoo
 from safescale_lib.measure.criteria import Misclassified
-from safescale_lib.measure.intervals import Interval, bootstrap
 from safescale_lib.search.ball import Ball
 from safescale_lib.search.models import frozen
 from safescale_lib.search.objectives import cross_entropy
@@ -37,34 +49,9 @@ from safescale_lib.world.scenes import scenes
 from safescale_lib.zoo.adapter import PixelClassifier
 
 EPS, STEP_SIZE, STEPS = 8 / 255, 2 / 255, 20
-PART = 128  # images an interleaved turn
 BATCHES = (32, 64, 128)
 OURS, PEERS = "safescale", ("torchattacks", "foolbox", "ART")
 BARE, EQUAL, EARLY = "ascent alone, no verdict", "every step, with verdict", "early removal, with verdict"
-RESULTS = Path(__file__).parent / "results" / "pgd.json"
-Attack = Callable[[torch.Tensor, torch.Tensor], Any]
-Answer = tuple[torch.Tensor, torch.Tensor | None]
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One library in one setting.
-
-    call: what is timed, from images (N, C, H, W) and labels (N,) to the library's answer. unpack: the answer, images
-    and labels -> attacked images and, where there is a verdict, (N,) bool: which of them the library counts as broken.
-    batch: images a forward pass. freeze: the caller lets the weights take no gradients.
-    """
-
-    library: str
-    setting: str
-    batch: int
-    call: Attack
-    unpack: Callable[[Any, torch.Tensor, torch.Tensor], Answer]
-    freeze: bool = False
-
-    @property
-    def label(self) -> str:
-        return f"{self.library}, {self.setting}"
 
 
 def bare(model: PixelClassifier, batch: int, steps: int = STEPS) -> Contender:
@@ -132,47 +119,19 @@ def foolbox(model: PixelClassifier, setting: str, batch: int, *, freeze: bool, s
 def art(model: PixelClassifier, setting: str, batch: int, *, freeze: bool, steps: int = STEPS) -> Contender:
     """https://adversarial-robustness-toolbox.readthedocs.io: batches by itself; its verdict is `compute_success`."""
     from art.attacks.evasion import ProjectedGradientDescentPyTorch
-    from art.estimators.classification import PyTorchClassifier
-    from art.utils import compute_success_array
 
-    estimator = PyTorchClassifier(
-        model, loss=torch.nn.CrossEntropyLoss(), input_shape=(3, model.side, model.side), nb_classes=len(model.classes),
-        clip_values=(0.0, 1.0), device_type="cpu",
-    )  # fmt: skip
+    estimator = art_estimator(model, (3, model.side, model.side), len(model.classes))
     attack = ProjectedGradientDescentPyTorch(
         estimator, norm=np.inf, eps=EPS, eps_step=STEP_SIZE, max_iter=steps, num_random_init=0, batch_size=batch, verbose=False
     )
 
     def unpack(answer: Any, images: torch.Tensor, labels: torch.Tensor) -> Answer:
-        onehot = np.eye(estimator.nb_classes)[labels.numpy()]
-        verdict = compute_success_array(estimator, images.numpy(), onehot, answer, batch_size=batch)
-        return torch.from_numpy(answer), torch.from_numpy(verdict)
+        return torch.from_numpy(answer), art_verdict(estimator, images, labels, answer, batch)
 
     return Contender("ART", setting, batch, lambda x, y: attack.generate(x.numpy(), y.numpy()), unpack, freeze)
 
 
 MAKERS: dict[str, Callable[..., Contender]] = {"torchattacks": torchattacks, "foolbox": foolbox, "ART": art}
-
-
-def batches(images: torch.Tensor, labels: torch.Tensor, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return list(zip(torch.split(images, size), torch.split(labels, size), strict=True))
-
-
-def right(model: PixelClassifier, images: torch.Tensor, labels: torch.Tensor, batch: int = PART) -> torch.Tensor:
-    """The judge: (N,) bool, the model names the true class."""
-    with torch.no_grad():
-        return torch.cat([model(x).argmax(dim=1) == y for x, y in batches(images, labels, batch)])
-
-
-def seconds(model: PixelClassifier, contender: Contender, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, Any]:
-    """Wall time of one call and its answer."""
-    for weight in model.parameters():
-        weight.requires_grad_(not contender.freeze)
-        weight.grad = None
-    gc.collect()
-    begun = time.perf_counter()
-    answer = contender.call(images, labels)
-    return time.perf_counter() - begun, answer
 
 
 def best_batch(model: PixelClassifier, images: torch.Tensor, labels: torch.Tensor) -> int:
@@ -185,47 +144,6 @@ def best_batch(model: PixelClassifier, images: torch.Tensor, labels: torch.Tenso
     return BATCHES[int(spent.argmin())]
 
 
-@dataclass(frozen=True)
-class Result:
-    """What one contender did. times: (repeats, parts) seconds. images, verdict: over all parts, in order."""
-
-    contender: Contender
-    times: np.ndarray
-    images: torch.Tensor
-    verdict: torch.Tensor | None
-
-    def ratio_to(self, other: Result) -> Interval:
-        """How many times this one's seconds the other needs: median over repeats and parts, 95 % bootstrap interval."""
-        return bootstrap((other.times / self.times).ravel(), np.median)
-
-
-def run(
-    model: PixelClassifier, contenders: list[Contender], images: torch.Tensor, labels: torch.Tensor, repeats: int
-) -> dict[str, Result]:
-    """Every contender on every part in every repeat, the order shuffled from turn to turn."""
-    parts, order = batches(images, labels, PART), np.random.default_rng(0)
-    times = np.zeros((len(contenders), repeats, len(parts)))
-    answers: dict[tuple[int, int], Answer] = {}
-    with Progress() as bar:
-        job = bar.add_task("attacks", total=times.size)
-        for turn in range(repeats * len(parts)):
-            repeat, part = divmod(turn, len(parts))
-            for who in order.permutation(len(contenders)):
-                times[who, repeat, part], answer = seconds(model, contenders[who], *parts[part])
-                if repeat == 0:
-                    answers[who, part] = contenders[who].unpack(answer, *parts[part])
-                bar.advance(job)
-            if part == len(parts) - 1:
-                spent = ", ".join(f"{c.label} {s:.1f} s" for c, s in zip(contenders, times[:, repeat].sum(axis=1), strict=True))
-                bar.console.print(f"repeat {repeat + 1}: {spent}")
-    results = {}
-    for who, contender in enumerate(contenders):
-        attacked, verdicts = zip(*(answers[who, part] for part in range(len(parts))), strict=True)
-        verdict = None if verdicts[0] is None else torch.cat(verdicts)
-        results[contender.label] = Result(contender, times[who], torch.cat(attacked), verdict)
-    return results
-
-
 def table(model: PixelClassifier, results: dict[str, Result], images: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
     """Judge all images in one way; the site's table without its title and notes."""
     parts, sizes = batches(images, labels, PART), {each.contender.batch for each in results.values()}
@@ -236,21 +154,17 @@ def table(model: PixelClassifier, results: dict[str, Result], images: torch.Tens
     gaps: dict[str, float] = {}
     misread: dict[str, int] = {}
     for label, result in results.items():
-        excess = float((result.images - images).abs().max()) - EPS
-        if excess > 1e-6 or result.images.min() < 0 or result.images.max() > 1:
-            raise ValueError(f"{label} must keep the budget, it is exceeded by {excess:.3g}")
-        judged = right(model, result.images, labels)
+        judged = right(model, inside(images, result.returned, EPS, label), labels)
         robust[label] = judged.float().mean().item()
         if result.contender.library != OURS:
-            gaps[label] = float((result.images - ends[result.contender.batch]).abs().max())
+            gaps[label] = float((result.returned - ends[result.contender.batch]).abs().max())
         if result.verdict is not None:
             misread[label] = int((result.verdict != ~judged).sum())
-        total = result.times.sum(axis=1)
         cells = {
             "library": result.contender.library,
             "setting": result.contender.setting,
             "batch": result.contender.batch,
-            "seconds, median [min, max]": f"{np.median(total):.2f} [{total.min():.2f}, {total.max():.2f}]",
+            "seconds, median [min, max]": spread(result.totals),
             "seconds / ours, median [95 % interval]": show(results[f"{OURS}, {EQUAL}"].ratio_to(result)),
             "robust accuracy": f"{robust[label]:.4f}",
             "largest difference to our images": f"{gaps[label]:.1g}" if label in gaps else "",
@@ -267,11 +181,11 @@ def readings(
     """The goals, each with its number and whether it was won; level where the interval holds the goal."""
 
     def against(setting: str, peers: list[str], goal: float, what: str) -> str:
-        ours, fastest = f"{OURS}, {setting}", min(peers, key=lambda label: float(np.median(results[label].times.sum(axis=1))))
+        ours, fastest = f"{OURS}, {setting}", min(peers, key=lambda label: float(np.median(results[label].totals)))
         ratio, apart = results[ours].ratio_to(results[fastest]), 100 * abs(robust[ours] - robust[fastest])
-        word = "LOST" if ratio.high < goal or apart > 1 else "won" if ratio.low >= goal else "level"
+        outcome = word(ratio, goal, holds=apart <= 1)
         return (
-            f"{word}: {what}, ours ({setting}) against the fastest peer ({fastest}): {show(ratio)} times as fast, robust "
+            f"{outcome}: {what}, ours ({setting}) against the fastest peer ({fastest}): {show(ratio)} times as fast, robust "
             f"accuracy {apart:.2f} points apart. Goal: at least {goal:.2f} times, within 1 point."
         )
 
@@ -294,7 +208,7 @@ def on_the_robust(images: torch.Tensor, labels: torch.Tensor, batch: int, repeat
     model = zoo.load("vit-robust")
     pair = [safescale(model, setting, batch, early_removal=setting == EARLY, grid=None) for setting in (EQUAL, EARLY)]
     every, early = run(model, pair, images, labels, repeats).values()
-    standing = right(model, early.images, labels).float().mean().item()
+    standing = right(model, early.returned, labels).float().mean().item()
     return (
         f"On the adversarially trained ViT, of robust accuracy {standing:.4f} under this attack, early removal makes ours "
         f"{show(early.ratio_to(every))} times as fast as taking every step: what stands is attacked to the end."
@@ -307,18 +221,12 @@ WHY = {
 }
 
 
-def show(interval: Interval) -> str:
-    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
-
-
 def notes(n: int, repeats: int, batch: int, clean: float) -> list[str]:
-    peers = (
-        f"torchattacks {version('torchattacks')}, foolbox {version('foolbox')}, ART {version('adversarial-robustness-toolbox')}"
-    )
     return [
         f"PGD in the linf ball: eps 8/255, step size 2/255, {STEPS} steps, cross-entropy, start at the image itself.",
         f"{n} test scenes in parts of {PART}; the victim, the zoo's ViT, has clean accuracy {clean:.4f} on them.",
-        f"Peers: {peers}. {repeats} repeats; on each part all contenders run in turn, in an order shuffled each time.",
+        f"Peers: {releases(*PEERS)}. {repeats} repeats; on each part all contenders run in turn, in an order shuffled "
+        "each time.",
         f"Default: torchattacks and foolbox take a part in one call, ART batches of 32, weights as loaded. Tuned: batches of "
         f"{batch}, the peers' fastest in a short sweep, and weights that take no gradients, which spares foolbox and ART work "
         "they do not use.",
@@ -332,40 +240,13 @@ def notes(n: int, repeats: int, batch: int, clean: float) -> list[str]:
     ]
 
 
-def keep_freed_memory() -> None:
-    """Ask glibc never to hand freed memory back to the system; elsewhere nothing happens."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
-    if mallopt:
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
-        mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap too
-
-
-def machine(threads: int) -> str:
-    """What the times depend on; no host name, no path."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    load = f", load average {os.getloadavg()[0]:.1f} before the start" if hasattr(os, "getloadavg") else ""
-    return (
-        f"{threads} thread{'s' * (threads > 1)} of {model} ({os.cpu_count()} cores), {platform.system()}, Python "
-        f"{platform.python_version()}, torch {torch.__version__}, transformers {version('transformers')}{load}"
-    )
-
-
-def write(report: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(aside, path)
-
-
 def main(
     repeats: Annotated[int, typer.Option(min=1, help="repeats; at least 5 for a result to keep")] = 7,
     images: Annotated[int, typer.Option(min=2, help="test scenes")] = 512,
     threads: Annotated[int, typer.Option(min=1, help="threads of every contender")] = 1,
     batch: Annotated[int, typer.Option(min=0, max=PART, help="batch size of the tuned rows; 0 sweeps for the peers' best")] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="a directory in Hub layout in place of the zoo's ViT")] = None,
-    out: Annotated[Path, typer.Option(help="where the table goes")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="where the table goes")] = RESULTS / "pgd.json",
 ) -> None:
     """Measure, print and write the table."""
     keep_freed_memory()
@@ -395,10 +276,7 @@ def main(
     if checkpoint is None:
         report["readings"].append(on_the_robust(drawn.images, drawn.labels, batch, repeats))
     write(report, out)
-    for row in [report["columns"], *report["rows"]]:
-        typer.echo(" | ".join(map(str, row)))
-    for line in report["readings"]:
-        typer.echo(line)
+    echo(report)
 
 
 if __name__ == "__main__":
