@@ -50,9 +50,9 @@ def from_source(script: Path) -> nbformat.NotebookNode:
 
 
 def execute(notebook: nbformat.NotebookNode, label: str) -> None:
-    """Run every cell in place, with a bar over the cells. Two threads: the last bits of sums depend on their number."""
+    """Run every cell in place, with a bar over the cells. One thread: the last bits of sums depend on their number."""
     os.environ |= {
-        "OMP_NUM_THREADS": "2",
+        "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
         "HF_HUB_OFFLINE": "1",
     }

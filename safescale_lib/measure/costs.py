@@ -38,6 +38,11 @@ class Meter:
         self.forwards = self.backwards = self.queries = 0
         self._start = time.perf_counter()
 
+    def take(self, other: Meter) -> None:
+        """Add what another meter counted, but not its seconds: it ran inside this one's."""
+        self.forwards, self.backwards = self.forwards + other.forwards, self.backwards + other.backwards
+        self.queries += other.queries
+
     @property
     def cost(self) -> Cost:
         return Cost(self.forwards, self.backwards, self.queries, time.perf_counter() - self._start)

@@ -16,7 +16,7 @@ import torch
 
 from safescale_lib.measure.costs import Meter
 from safescale_lib.measure.criteria import ClassifiedAs, Criterion, Misclassified
-from safescale_lib.search.ball import Ball, Norm
+from safescale_lib.search.ball import Ball, Norm, per_item
 from safescale_lib.search.models import Model, frozen
 from safescale_lib.search.objectives import Objective, cross_entropy, dlr, towards
 from safescale_lib.search.pixels import PixelAttack, _best_of, _guard
@@ -92,26 +92,21 @@ def adaptive_ascent(
                 )
             )
         better = value > top
-        peak, peak_gradient = (torch.where(_each(better), new, old) for new, old in ((x, peak), (gradient, peak_gradient)))
+        peak, peak_gradient = (torch.where(per_item(better), new, old) for new, old in ((x, peak), (gradient, peak_gradient)))
         top, rises, last = value.maximum(top), rises + (value > last), value
         if step in marks:
             stuck = rises < rho * (step - since)  # condition 1: too few steps went up
             stuck |= (eta == eta_then) & (top == top_then)  # condition 2: nothing gained since the last checkpoint
             eta_then, top_then, since, rises = eta, top, step, torch.zeros_like(rises)
             eta = torch.where(stuck, eta / 2, eta)
-            x, gradient = (torch.where(_each(stuck), best, now) for best, now in ((peak, x), (peak_gradient, gradient)))
-            before = torch.where(_each(stuck), x, before)
-        z = ball.project(x + _each(eta) * ball.steepest(gradient), origin)
+            x, gradient = (torch.where(per_item(stuck), best, now) for best, now in ((peak, x), (peak_gradient, gradient)))
+            before = torch.where(per_item(stuck), x, before)
+        z = ball.project(x + per_item(eta) * ball.steepest(gradient), origin)
         if step:
             z = ball.project(x + a * (z - x) + (1 - a) * (x - before), origin)
         before, x = x, z
     done[live] = ball.settle(x if stop else peak, origin)
     return done
-
-
-def _each(values: torch.Tensor) -> torch.Tensor:
-    """(B,) as (B, 1, 1, 1)."""
-    return values[:, None, None, None]
 
 
 def apgd(
@@ -150,7 +145,7 @@ def apgd(
         )  # fmt: skip
 
     starts = (ball.sample(images, generator) for _ in range(restarts))
-    return _best_of(model, images, criterion, ball, starts, search, batch_size)
+    return _best_of(model, images, criterion, ball, starts, search, batch_size, independent=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,11 @@ Norm = Literal["linf", "l2"]
 _SLACK = 1e-6  # rounding of float32 pixels in [0, 1]; for eps above 1, of eps itself
 
 
+def per_item(values: torch.Tensor) -> torch.Tensor:
+    """(B,) as (B, 1, 1, 1), to go with images."""
+    return values[:, None, None, None]
+
+
 @dataclass(frozen=True)
 class Ball:
     """Images at most eps away from an original, inside [0, 1].

@@ -15,7 +15,7 @@ import torch
 
 from safescale_lib.measure.costs import Meter
 from safescale_lib.measure.criteria import Criterion
-from safescale_lib.search.ball import Ball
+from safescale_lib.search.ball import Ball, per_item
 from safescale_lib.search.models import Model
 from safescale_lib.search.objectives import Objective, cross_entropy, margin
 from safescale_lib.search.pixels import PixelAttack, _best_of, _guard
@@ -34,11 +34,6 @@ class _Nearest:
         nearer = met & (size < self.size[live])
         self.images[live[nearer]], self.size[live[nearer]] = seen[nearer], size[nearer]
         return size
-
-
-def _each(values: torch.Tensor) -> torch.Tensor:
-    """(B,) as (B, 1, 1, 1)."""
-    return values[:, None, None, None]
 
 
 def _diameter(images: torch.Tensor, eps: float | None) -> float:
@@ -86,7 +81,7 @@ def _shrink_radius(
         delta = delta + (0.01 + 0.99 * fade) * unit(gradient)
         pace = gamma * max(fade, 0.1)
         radius = radius * torch.where(met, 1 - pace, 1 + pace)
-        delta = (origin + _each(radius) * unit(delta)).clamp(0, 1) - origin
+        delta = (origin + per_item(radius) * unit(delta)).clamp(0, 1) - origin
 
 
 def _penalise(
@@ -110,7 +105,7 @@ def _penalise(
                 length = slope.flatten(1).norm(dim=1).clamp(min=1e-9)
                 c = torch.where(size > 0, 2 * size, 2 * short / length) / length
             loss = size.square() + c[live] * short
-            pull = 2 * (x - origin[live]) - _each(c[live]) * slope
+            pull = 2 * (x - origin[live]) - per_item(c[live]) * slope
             first, second = 0.9 * first + 0.1 * pull, 0.99 * second + 0.01 * pull.square()
             pace = lr * (1 - step / steps) * math.sqrt(1 - 0.99 ** (step + 1)) / (1 - 0.9 ** (step + 1))
             x = (x - pace * first / (second.sqrt() + 1e-8)).clamp(0, 1)  # no tanh: a pixel at 0 or 1 can move
@@ -135,7 +130,7 @@ def _pull_back(
     low, high = torch.zeros_like(nearest.size[live]), torch.ones_like(nearest.size[live])
     for _ in range(5):
         middle = (low + high) / 2
-        seen = _file(origin + _each(middle) * (far - origin), grid)
+        seen = _file(origin + per_item(middle) * (far - origin), grid)
         met = criterion.met(model(seen), rows[live])
         meter.forwards += len(seen)
         nearest.keep(seen, met, live)
@@ -174,7 +169,7 @@ def decoupled(
         _pull_back(model, criterion, rows, nearest, grid, meter)
         return nearest.images
 
-    return _best_of(model, images, criterion, ball, iter([images]), search, batch_size)
+    return _best_of(model, images, criterion, ball, iter([images]), search, batch_size, independent=True)
 
 
 def carlini_wagner(
@@ -221,4 +216,4 @@ def carlini_wagner(
         _pull_back(model, criterion, rows, nearest, grid, meter)
         return nearest.images
 
-    return _best_of(model, images, criterion, ball, iter([images]), search, batch_size)
+    return _best_of(model, images, criterion, ball, iter([images]), search, batch_size, independent=True)

@@ -8,8 +8,10 @@ measuring the distance, the success by asking the model about the very images re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Integral
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,8 @@ from safescale_lib.measure.criteria import Criterion
 from safescale_lib.search.ball import Ball, Norm
 from safescale_lib.search.models import Model, frozen
 from safescale_lib.search.objectives import Objective, cross_entropy
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +168,7 @@ def pgd(
         for _ in range(restarts):  # drawn for all items at once: none depends on the fate of the others
             yield ball.sample(images, generator) if random_start and generator else images
 
-    return _best_of(model, images, criterion, ball, starts(), search, batch_size)
+    return _best_of(model, images, criterion, ball, starts(), search, batch_size, independent=True)
 
 
 def fgsm(
@@ -211,8 +215,9 @@ def random_noise(
         raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
     guesses = (ball.sample_surface(images, generator) for _ in range(tries))
     found = _best_of(
-        model, images, criterion, ball, guesses, lambda rows, start, meter: ball.settle(start, images[rows]), batch_size
-    )
+        model, images, criterion, ball, guesses, lambda rows, start, meter: ball.settle(start, images[rows]), batch_size,
+        independent=True,
+    )  # fmt: skip
     cost = Cost(queries=found.cost.forwards, seconds=found.cost.seconds)
     return PixelAttack(found.images, found.success, found.skipped, found.distance, cost)
 
@@ -244,8 +249,13 @@ def _best_of(
     starts: Iterator[torch.Tensor],
     search: Callable[[torch.Tensor, torch.Tensor, Meter], torch.Tensor],
     batch_size: int,
+    *,
+    independent: bool = False,
 ) -> PixelAttack:
-    """Search from each start in turn on the items still standing; judge what comes back, keep what holds."""
+    """Search from each start in turn on the items still standing; judge what comes back, keep what holds.
+
+    independent: the search shares nothing between batches, so two may run at once (see `_by_batches`).
+    """
     if ball.eps > 0 and not ball.holds(ball.settle(images, images), images).all():
         raise ValueError(
             f"images must be multiples of 1/{ball.grid} when eps is this small: rounding alone already leaves the ball; "
@@ -256,13 +266,22 @@ def _best_of(
         skipped = ~_ask(model, images, criterion.correct, batch_size, meter)
         success = torch.zeros_like(skipped)
         for start in starts if ball.eps > 0 else ():
-            for rows in _batches(~(skipped | success), batch_size):
-                found = search(rows, start[rows], meter)
+
+            def attempt(
+                rows: torch.Tensor, start: torch.Tensor = start
+            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Meter]:
+                spent = Meter()
+                found = search(rows, start[rows], spent)
                 won = ball.holds(found, images[rows])
-                meter.forwards += len(rows)
+                spent.forwards += len(rows)
                 with torch.no_grad():
                     won &= criterion.met(model(found), rows)
+                return rows, found, won, spent
+
+            alone = not independent or not isinstance(model, torch.nn.Module)  # a plain function may keep a state
+            for rows, found, won, spent in _by_batches(attempt, ~(skipped | success), batch_size, alone=alone):
                 best[rows[won]], success[rows[won]] = found[won], True
+                meter.take(spent)
     return PixelAttack(best, success, skipped, ball.size(best - images), meter.cost)
 
 
@@ -278,6 +297,21 @@ def _ask(
     meter.forwards += len(images)
     with torch.no_grad():  # not inference_mode: a tensor that the model caches there could not carry gradients later
         return torch.cat([verdict(model(images[rows]), rows) for rows in _batches(everyone, batch_size)])
+
+
+def _by_batches(run: Callable[[torch.Tensor], T], wanted: torch.Tensor, batch_size: int, *, alone: bool) -> list[T]:
+    """run(rows) over the True entries of an (N,) mask, batch by batch, in order.
+
+    On models this small a second torch thread gains little and often costs. Where torch keeps to one thread on a CPU, two
+    batches at once do gain: their arithmetic runs outside Python's lock. alone: one batch after the other.
+    """
+    pair = not alone and torch.get_num_threads() == 1 and wanted.device.type == "cpu"
+    half = max(16, -(-int(wanted.sum()) // 2))
+    batches = _batches(wanted, min(batch_size, half) if pair else batch_size)
+    if not pair or len(batches) < 2:
+        return [run(rows) for rows in batches]
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run, batches))
 
 
 def _batches(wanted: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, ...]:

@@ -14,7 +14,7 @@ import torch
 
 from safescale_lib.measure.costs import Cost, Meter
 from safescale_lib.measure.criteria import Criterion
-from safescale_lib.search.ball import Ball
+from safescale_lib.search.ball import Ball, per_item
 from safescale_lib.search.models import Model
 from safescale_lib.search.objectives import Objective, margin
 from safescale_lib.search.pixels import PixelAttack, _best_of, _guard
@@ -49,11 +49,6 @@ def _seed(generator: torch.Generator) -> int:
     return int(torch.randint(2**31, (1,), generator=generator))
 
 
-def _each(values: torch.Tensor) -> torch.Tensor:
-    """(B,) as (B, 1, 1, 1)."""
-    return values[:, None, None, None]
-
-
 def _ask_in_turn(
     model: Model,
     images: torch.Tensor,
@@ -82,7 +77,7 @@ def _ask_in_turn(
             spent[rows[live]] += 1
             new, met = objective(criterion, logits, rows[live]), criterion.met(logits, rows[live])
             better = new > value
-            best, value = torch.where(_each(better), asked, best), new.maximum(value)
+            best, value = torch.where(per_item(better), asked, best), new.maximum(value)
             if met.any():
                 done[live[met]] = asked[met]
                 live, best, value = live[~met], best[~met], value[~met]
@@ -279,7 +274,7 @@ class _Walk:
         near, far = self.origin[items], self.x[items]
         for _ in range(self.bisections):
             middle = (near + far) / 2
-            won = _each(self.move(middle, items))
+            won = per_item(self.move(middle, items))
             near, far = torch.where(won, near, middle), torch.where(won, middle, far)
 
     def normal(self, items: torch.Tensor, probes: int) -> torch.Tensor:
@@ -294,7 +289,7 @@ class _Walk:
             u = asked - self.x[i]  # what the model saw, after rounding and clipping
             won = self.met(asked, items[k].repeat(probes)).to(u.dtype) * 2 - 1
             weight = won - won.mean() if won.abs().mean() > won.mean().abs() else won  # all alike: go with or against them
-            slope[k] = (_each(weight) * u).mean(0)
+            slope[k] = (per_item(weight) * u).mean(0)
         return self.ball.steepest(slope)
 
     def round(self, number: int, probes: int) -> bool:
@@ -309,7 +304,7 @@ class _Walk:
         step = self.distance[items] / math.sqrt(number + 1)
         waiting = torch.ones_like(items, dtype=torch.bool)
         for _ in range(self.bisections):  # halve the jump until it lands on the right side
-            ahead = point[waiting] + _each(step[waiting]) * direction[waiting]
+            ahead = point[waiting] + per_item(step[waiting]) * direction[waiting]
             waiting[waiting.clone()] = ~self.move(ahead, items[waiting])
             step = step / 2
             if not waiting.any():

@@ -35,3 +35,10 @@ def test_a_meter_reports_what_was_spent_so_far():
     assert (first.forwards, first.backwards) == (5, 0)
     assert (second.forwards, second.backwards) == (5, 2)
     assert 0.02 <= second.seconds - first.seconds < 5
+
+
+def test_a_meter_takes_over_what_another_counted():
+    outer, inner = Meter(), Meter()
+    outer.forwards, inner.forwards, inner.backwards, inner.queries = 1, 10, 20, 30
+    outer.take(inner)
+    assert (outer.cost.forwards, outer.cost.backwards, outer.cost.queries) == (11, 20, 30)

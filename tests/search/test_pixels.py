@@ -10,11 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safescale_lib import zoo
 from safescale_lib.measure.costs import Cost, Meter
 from safescale_lib.measure.criteria import ClassifiedAs, Misclassified
+from safescale_lib.search import pixels
 from safescale_lib.search.ball import Ball
 from safescale_lib.search.objectives import cross_entropy, margin
 from safescale_lib.search.pixels import ascend, fgsm, pgd, random_noise, replay, worst_case
+from safescale_lib.world.scenes import scenes
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)
 NORMS = ("linf", "l2")
@@ -732,3 +735,45 @@ def test_it_runs_where_gradients_are_off(case):
     with torch.no_grad():
         inside = fgsm(model, images, goal, eps=EPS["linf"])
     assert same(inside, fgsm(model, images, goal, eps=EPS["linf"]))
+
+
+# --- two batches at once ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize(("count", "batch_size"), [(0, 7), (1, 7), (40, 7), (40, 100)])
+def test_batches_come_back_whole_and_in_order(threads: int, alone: bool, count: int, batch_size: int) -> None:
+    wanted = torch.zeros(50, dtype=torch.bool)
+    wanted[torch.randperm(50, generator=torch.Generator().manual_seed(0))[:count]] = True
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        parts = pixels._by_batches(lambda rows: rows, wanted, batch_size, alone=alone)
+    finally:
+        torch.set_num_threads(before)
+    assert all(0 < len(part) <= batch_size for part in parts)
+    assert torch.equal(torch.cat([torch.empty(0, dtype=torch.int64), *parts]), wanted.nonzero()[:, 0])
+
+
+def test_two_batches_at_once_find_and_spend_what_one_after_the_other_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = zoo.load("vit"), scenes(64, split="validation", seed=3)
+    whole = pixels._by_batches
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = []
+        for alone in (False, True):
+            monkeypatch.setattr(pixels, "_by_batches", lambda *a, alone, _fixed=alone: whole(*a, alone=_fixed))
+            generator = torch.Generator().manual_seed(0)
+            goal = Misclassified(batch.labels)
+            found.append(
+                pixels.pgd(
+                    model, batch.images, goal, eps=8 / 255, steps=5, early_removal=False, batch_size=32, generator=generator
+                )
+            )
+    finally:
+        torch.set_num_threads(before)
+    first, second = found
+    assert torch.equal(first.images, second.images)
+    assert (first.cost.forwards, first.cost.backwards) == (second.cost.forwards, second.cost.backwards)

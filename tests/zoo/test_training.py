@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from safescale_lib.zoo import recipes
-from safescale_lib.zoo.training import fit
+from safescale_lib.zoo.training import fit, side_by_side
 
 STEPS = 40
 
@@ -134,3 +134,28 @@ def test_differences_speak_up_only_outside_the_interval() -> None:
     near, far = ([{**shipped[0], "value": value}] for value in (0.881, 0.8))
     assert recipes.differences("vit", near, shipped) == []
     assert recipes.differences("vit", far, shipped) == ["vit: clean accuracy is 0.800, outside the card's 0.880 to 0.920"]
+
+
+def test_a_training_does_not_depend_on_the_callers_threads() -> None:
+    one, two = build(), build()
+    before = torch.get_num_threads()
+    try:
+        for threads, model in ((1, one), (2, two)):
+            torch.set_num_threads(threads)
+            train(model)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert same(one, two)
+
+
+def test_side_by_side_gives_the_same_models_in_order() -> None:
+    alone, together = [build() for _ in range(3)], [build() for _ in range(3)]
+    rates = (0.01, 0.05, 0.1)
+    for model, lr in zip(alone, rates, strict=True):
+        train(model, lr=lr)
+    jobs = [lambda m=m, lr=lr: train(m, lr=lr) and lr for m, lr in zip(together, rates, strict=True)]  # type: ignore[misc]
+    assert side_by_side(*jobs) == list(rates)
+    assert all(map(same, alone, together))
+    with pytest.raises(ZeroDivisionError):
+        side_by_side(lambda: 1, lambda: 1 // 0)

@@ -155,7 +155,7 @@ def _attack_patches(
             yield torch.where(mask, ball.sample(images, generator), images)
 
     with attending(model) as attention:
-        found = _best_of(model, images, criterion, ball, starts(), search, batch_size)
+        found = _best_of(model, images, criterion, ball, starts(), search, batch_size, independent=True)
     return PatchAttack(found.images, found.success, found.skipped, found.distance, found.cost, chosen)
 
 
@@ -424,7 +424,7 @@ def pna_patchout(
         )  # fmt: skip
 
     with frozen(surrogate), constant_attention(surrogate) if pay_no_attention else nullcontext():
-        return _best_of(model, images, criterion, ball, iter([images]), search, batch_size)
+        return _best_of(model, images, criterion, ball, iter([images]), search, batch_size, independent=True)
 
 
 @dataclass(frozen=True, eq=False)

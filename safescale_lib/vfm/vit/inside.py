@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import local
 from typing import Any
 
 import torch
@@ -57,8 +58,11 @@ def positions_of(model: Model) -> torch.Tensor:
     return table
 
 
-class Attention:
-    """Queries and keys of the latest forward pass, a pair per layer: each (B, heads, tokens, head width)."""
+class Attention(local):
+    """Queries and keys of the latest forward pass, a pair per layer: each (B, heads, tokens, head width).
+
+    Every thread sees the pass it made itself, so that a search may work on two batches at once.
+    """
 
     def __init__(self, heads: int) -> None:
         self._heads = heads
@@ -85,14 +89,14 @@ def attending(model: Model) -> Iterator[Attention]:
     layers = vit_inside(model).layers
     seen = Attention(layers[0].attention.config.num_attention_heads)
 
-    def keep(store: dict[int, torch.Tensor], layer: int) -> Callable[..., None]:
-        return lambda module, args, output: store.__setitem__(layer, output)
+    def keep(what: str, layer: int) -> Callable[..., None]:
+        return lambda module, args, output: getattr(seen, what).__setitem__(layer, output)
 
     handles = []
     try:
         for i, layer in enumerate(layers):
-            handles.append(layer.attention.q_proj.register_forward_hook(keep(seen._queries, i)))
-            handles.append(layer.attention.k_proj.register_forward_hook(keep(seen._keys, i)))
+            handles.append(layer.attention.q_proj.register_forward_hook(keep("_queries", i)))
+            handles.append(layer.attention.k_proj.register_forward_hook(keep("_keys", i)))
         yield seen
     finally:
         for handle in handles:
