@@ -72,6 +72,7 @@ def test_json_carries_what_the_design_asks_for():
         "against": "x.y",
         "cost": {"forwards": 3, "backwards": 2, "queries": 1, "seconds": 0.12},
         "seed": 7,
+        "trained": False,
     }
     bare = outcome().as_json()
     assert set(bare) >= REQUIRED

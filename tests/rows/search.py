@@ -108,8 +108,9 @@ ATTACKS = {
         control=noise_control,
     ),
     "ensemble": AttackRow(
-        "auto_ensemble", _ensemble, EPS, rising=(0, 4 / 255, 8 / 255, 16 / 255), unbounded=(1.0, 0.99),
-        beats="it must beat each of its members, which its own test checks", control=noise_control, setting=robust,
+        "auto_ensemble", _ensemble, 16 / 255, rising=(0, 4 / 255, 8 / 255, 16 / 255), unbounded=(1.0, 0.99),
+        beats="it must beat each of its members, which its own test checks",
+        control=lambda setting: noise_control(setting, 16 / 255), setting=robust,
     ),
     "Carlini-Wagner": AttackRow(
         "carlini_wagner", _minimal(techniques.carlini_wagner), 1.0, rising=(0, 0.3, 0.6, 1.0), unbounded=(50.0, 0.99),

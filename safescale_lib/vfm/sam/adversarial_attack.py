@@ -25,6 +25,9 @@ from safescale_lib.zoo.segmenter import PixelSegmenter
 Aim = Callable[[torch.Tensor], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
 """For the rows of a batch, the loss(embeddings, live) to raise."""
 
+# The baseline is the plain search: to it the image encoder is a model like any other.
+technique("vfm.sam.adversarial_attack", paper="madry2018pgd")(pgd)
+
 
 def clipped_error(logits: torch.Tensor, wanted: torch.Tensor, bound: float) -> torch.Tensor:
     """(...) mean squared distance of mask logits (..., S, S) from the far side of a bound: the ClipMSE of [zhang2023attacksam].
