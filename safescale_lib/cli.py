@@ -31,6 +31,31 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
+@app.command()
+def scorecard(
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write there; print if left out.")] = None,
+    notebooks: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Of the notebooks; the clone's own if left out.")
+    ] = None,
+) -> None:
+    """Every outcome of the notebooks as one JSON document."""
+    from safescale_lib.survey.scorecard import as_text, scorecard
+
+    try:
+        text = as_text(scorecard(notebooks))
+    except (OSError, ValueError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    if not out.parent.is_dir():
+        raise typer.BadParameter(f"must lie in a folder that exists, got {out}", param_hint="--out")
+    aside = out.with_name(f".{out.name}.new")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, out)
+
+
 @zoo.command("list")
 def list_members() -> None:
     """Name, size and clean accuracy of every member."""

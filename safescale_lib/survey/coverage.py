@@ -75,7 +75,7 @@ def coverage(notebooks: Path | None = None, *, techniques: Iterable[Technique] |
     for bound in bound_here:
         functions[bound.key].append(bound)
     entries: defaultdict[str, list[Entry]] = defaultdict(list)
-    for path in sorted(_folder(notebooks).glob("*.ipynb")):
+    for path in sorted(notebook_folder(notebooks).glob("*.ipynb")):
         for entry in outcomes(path):
             if entry.technique not in nodes():
                 hint = close_to(entry.technique, nodes())
@@ -84,7 +84,8 @@ def coverage(notebooks: Path | None = None, *, techniques: Iterable[Technique] |
     return Coverage({key: NodeCoverage(at, tuple(functions[key]), tuple(entries[key])) for key, at in nodes().items()})
 
 
-def _folder(notebooks: Path | None) -> Path:
+def notebook_folder(notebooks: Path | None) -> Path:
+    """The folder named, or the one beside the package; FileNotFoundError if there is none."""
     folder = Path(__file__).resolve().parents[2] / "notebooks" if notebooks is None else Path(notebooks)
     if not folder.is_dir():
         hint = "; the package is not run from a clone of the repository, so name the folder" if notebooks is None else ""

@@ -59,10 +59,14 @@ class Node:
 @lru_cache(maxsize=1)
 def chapters() -> tuple[Node, ...]:
     """The six chapters of the survey that hold techniques."""
-    import yaml
+    return tuple(_read(chapter, "chapter") for chapter in _file()["chapters"])
 
-    text = files("safescale_lib.survey").joinpath("data/taxonomy.yml").read_text(encoding="utf-8")
-    return tuple(_read(chapter, "chapter") for chapter in yaml.safe_load(text)["chapters"])
+
+@lru_cache(maxsize=1)
+def survey() -> Mapping[str, str]:
+    """The survey's `title` and the number of its `arxiv` preprint."""
+    meta = _file()["meta"]
+    return MappingProxyType({"title": meta["survey"], "arxiv": meta["arxiv"]})
 
 
 @lru_cache(maxsize=1)
@@ -87,6 +91,15 @@ def close_to(word: str, known: Iterable[str]) -> str:
     """A hint for an error message: "; did you mean a, b?", or nothing if no known word is close."""
     close = get_close_matches(word, list(known), n=3, cutoff=0.6)
     return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+@lru_cache(maxsize=1)
+def _file() -> Mapping[str, Any]:
+    import yaml
+
+    text = files("safescale_lib.survey").joinpath("data/taxonomy.yml").read_text(encoding="utf-8")
+    loaded: Mapping[str, Any] = yaml.safe_load(text)
+    return loaded
 
 
 def _read(entry: Mapping[str, Any], level: Level) -> Node:
