@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -155,8 +155,18 @@ def source(function: Any) -> Source:
     return Source(function)
 
 
-def curves(series: Mapping[str, Sequence[Interval]], ticks: Sequence[object], *, xlabel: str, ylabel: str) -> Figure:
-    """Lines with their confidence bands. series: per name one interval for each tick; values are shares in [0, 1]."""
+def curves(
+    series: Mapping[str, Sequence[Interval]],
+    ticks: Sequence[object],
+    *,
+    xlabel: str,
+    ylabel: str,
+    legend: Literal["lower left", "center right"] = "lower left",
+) -> Figure:
+    """Lines with their confidence bands. series: per name one interval for each tick; values are shares in [0, 1].
+
+    legend: where it hides the least.
+    """
     import matplotlib.pyplot as plt
 
     positions = range(len(ticks))
@@ -167,7 +177,7 @@ def curves(series: Mapping[str, Sequence[Interval]], ticks: Sequence[object], *,
             axis.fill_between(positions, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.15)
         axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(-0.03, 1.03))
         axis.set_xticks(positions, [str(tick) for tick in ticks])
-        axis.legend(loc="lower left")
+        axis.legend(loc=legend)
     return figure
 
 

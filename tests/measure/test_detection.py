@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from safescale_lib.measure.detection import roc, threshold_at_fpr, tpr_at_fpr
+from safescale_lib.measure.detection import auc, roc, threshold_at_fpr, tpr_at_fpr
 from safescale_lib.measure.intervals import rate
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
@@ -89,3 +89,28 @@ def test_bad_scores_are_named(bad):
     ):
         with pytest.raises(ValueError, match=f"^{name} must"):
             call()
+
+
+@quick
+@given(scores, scores)
+def test_auc_with_its_interval_agrees_with_the_curve(clean, attacked):
+    found = auc(clean, attacked, resamples=50)
+    assert found.value == pytest.approx(roc(clean, attacked).auc)
+    assert 0 <= found.low <= found.value <= found.high <= 1
+    assert found.n == len(clean) + len(attacked)
+
+
+def test_the_interval_of_an_auc_covers_the_truth_about_as_often_as_it_says():
+    dice, hits = np.random.default_rng(0), 0
+    truth = stats.norm.cdf(1 / np.sqrt(2))  # of two unit normals one apart
+    for seed in range(100):
+        found = auc(dice.normal(size=60), dice.normal(1, size=60), seed=seed, resamples=300)
+        hits += found.low <= truth <= found.high
+    assert 88 <= hits <= 99
+
+
+def test_auc_of_a_useless_and_of_a_perfect_score():
+    assert auc([1.0] * 20, [1.0] * 20)[:3] == (0.5, 0.5, 0.5)
+    assert auc([0.0, 1.0], [2.0, 3.0])[:3] == (1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="attacked must hold finite"):
+        auc([0.0], [np.nan])
