@@ -15,15 +15,17 @@ export OMP_WAIT_POLICY := PASSIVE
 SOURCES := $(shell find safescale_lib -name '*.py' -o -path '*/zoo/weights/*' -type f -o -path '*/survey/data/*' -type f)
 SCRIPTS := $(wildcard notebooks/[0-9]*.py)
 NOTEBOOKS := $(SCRIPTS:.py=.ipynb)
-PAGES := _config.yml _toc.yml $(shell find book benchmarks/results -type f -not -path '*/__pycache__/*' 2>/dev/null)
+PAGES := _config.yml _toc.yml CHANGELOG.md $(shell find book benchmarks/results notebooks/measured -type f -not -path '*/__pycache__/*' 2>/dev/null)
 
-.PHONY: help book serve lab notebooks test lint unit nbval site-test lab-test bench clean
+.PHONY: help book pdf serve lab notebooks test lint unit nbval site-test lab-test bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 book: $(SITE)/index.html  ## environment, install, website from the committed outputs
 	@echo "Open $(CURDIR)/$(SITE)/index.html in a browser, or run: make serve"
+
+pdf: _build/safescale.pdf  ## the whole book as one PDF, printed by Chromium
 
 serve: book  ## show the website on localhost
 	$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory $(SITE)
@@ -82,6 +84,9 @@ $(SITE)/index.html: $(VENV)/ready $(NOTEBOOKS) $(SOURCES) $(PAGES)
 	rm -rf $(SITE)
 	$(BIN)/jupyter-book build . --path-output . -W -n --keep-going --all -q
 	touch $@
+
+_build/safescale.pdf: $(VENV)/ready $(NOTEBOOKS) $(SOURCES) $(PAGES)
+	$(BIN)/python book/pdf.py --output $@
 
 _build/notebooks.stamp: $(VENV)/ready $(SCRIPTS) $(SOURCES) notebooks/build.py
 	$(BIN)/python notebooks/build.py

@@ -4,6 +4,9 @@ The .py file beside a notebook is its source. This script turns it into a notebo
 fresh kernel, and writes the .ipynb with its outputs. It is careful in three ways. Cell ids and metadata are fixed, so
 that a second run gives the same bytes. Seconds are the one thing allowed to differ: if nothing else moved, the
 committed file stays as it is. And a notebook that fails, or writes to stderr, is not written at all.
+
+What a run cost - seconds of every cell, the kernel's peak memory - goes to measured/STEM.json beside the notebook, and
+from there to the book's page of execution times. To measure again although nothing moved, delete that file first.
 """
 
 from __future__ import annotations
@@ -11,8 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +32,16 @@ from safescale_lib.measure import OUTCOME_MIME
 
 HERE = Path(__file__).parent
 CELL_SECONDS = 240
+PEAK_MEMORY = """
+import sys
+try:
+    import resource
+except ImportError:  # Windows has no such module
+    print(0)
+else:
+    unit = 1 if sys.platform == "darwin" else 1024
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+"""
 
 
 def from_source(script: Path) -> nbformat.NotebookNode:
@@ -49,14 +64,20 @@ def from_source(script: Path) -> nbformat.NotebookNode:
     return notebook
 
 
-def execute(notebook: nbformat.NotebookNode, label: str) -> None:
-    """Run every cell in place, with a bar over the cells. One thread: the last bits of sums depend on their number."""
+def execute(notebook: nbformat.NotebookNode, label: str) -> dict[str, Any]:
+    """Run every cell in place, with a bar over the cells, and say what it cost.
+
+    One thread: the last bits of sums depend on their number. The last cell asks for the memory and does not stay.
+    """
     os.environ |= {
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
         "HF_HUB_OFFLINE": "1",
     }
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    probe = nbformat.v4.new_code_cell(PEAK_MEMORY)
+    begun: dict[int, float] = {}
+    took: dict[int, float] = {}
     columns = (
         *Progress.get_default_columns()[:-1],
         TimeElapsedColumn(),
@@ -64,15 +85,47 @@ def execute(notebook: nbformat.NotebookNode, label: str) -> None:
     )
     with Progress(*columns) as bar:
         task = bar.add_task(label, total=len(code))
+
+        def after(cell_index: int, **_: Any) -> None:
+            took[cell_index] = time.perf_counter() - begun[cell_index]
+            bar.update(task, completed=min(len(took), len(code)))
+
+        notebook.cells.append(probe)
         client = NotebookClient(
             notebook,
             timeout=CELL_SECONDS,
             kernel_name="python3",
             record_timing=False,
             resources={"metadata": {"path": str(HERE)}},
-            on_cell_executed=lambda **_: bar.update(task, advance=1),
+            on_cell_execute=lambda cell_index, **_: begun.update(
+                {cell_index: time.perf_counter()}
+            ),
+            on_cell_executed=after,
         )
         client.execute()
+    notebook.cells.pop()
+    seconds = [
+        round(took.get(place, 0.0), 3)  # an empty cell does not run
+        for place, cell in enumerate(notebook.cells)
+        if cell.cell_type == "code"
+    ]
+    peak = int(probe.outputs[0].text)
+    return {
+        "machine": machine(),
+        "seconds": round(sum(seconds), 1),
+        "peak_mib": round(peak / 2**20) or None,
+        "cell_seconds": seconds,
+    }
+
+
+def machine() -> str:
+    """Where a notebook ran, in words: nothing that names the machine itself."""
+    cores = os.cpu_count()
+    system = f"{platform.system()} on {platform.machine()}"
+    return (
+        f"{cores} processor cores, one thread, no GPU; {system}; "
+        f"Python {platform.python_version()}, torch {version('torch')}"
+    )
 
 
 def finish(notebook: nbformat.NotebookNode) -> None:
@@ -110,9 +163,16 @@ def build(script: Path) -> bool:
     """Run one script and write its notebook if anything but seconds moved; says whether it was written."""
     target = script.with_suffix(".ipynb")
     notebook = from_source(script)
-    execute(notebook, script.stem)
+    costs = execute(notebook, script.stem)
     finish(notebook)
-    return _write(notebook, target)
+    written = _write(notebook, target)
+    measured = script.parent / "measured" / f"{script.stem}.json"
+    if written or not measured.exists():
+        measured.parent.mkdir(exist_ok=True)
+        aside = measured.with_suffix(".partial")
+        aside.write_text(json.dumps(costs) + "\n", encoding="utf-8")
+        os.replace(aside, measured)
+    return written
 
 
 def _write(notebook: nbformat.NotebookNode, target: Path) -> bool:

@@ -3,7 +3,7 @@
 document.addEventListener("DOMContentLoaded", () => {
   const kinds = {
     Formula: "div.math",
-    Table: ".safescale-table, .pst-scrollable-table-container",
+    Table: ".safescale-table, .pst-scrollable-table-container, .dt-layout-table",
     Code: "pre",
   };
   const watch = new ResizeObserver((boxes) => {
