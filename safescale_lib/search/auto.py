@@ -19,7 +19,7 @@ from safescale_lib.measure.criteria import ClassifiedAs, Criterion, Misclassifie
 from safescale_lib.search.ball import Ball, Norm, per_item
 from safescale_lib.search.models import Model, frozen
 from safescale_lib.search.objectives import Objective, cross_entropy, dlr, towards
-from safescale_lib.search.pixels import PixelAttack, _best_of, _guard
+from safescale_lib.search.pixels import PixelAttack, _best_of, _guard, _stateless
 from safescale_lib.search.queries import square
 
 
@@ -145,7 +145,7 @@ def apgd(
         )  # fmt: skip
 
     starts = (ball.sample(images, generator) for _ in range(restarts))
-    return _best_of(model, images, criterion, ball, starts, search, batch_size, independent=True)
+    return _best_of(model, images, criterion, ball, starts, search, batch_size, independent=_stateless(model))
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from safescale_lib.measure.criteria import Criterion
 from safescale_lib.search.ball import Ball, per_item
 from safescale_lib.search.models import Model
 from safescale_lib.search.objectives import Objective, cross_entropy, margin
-from safescale_lib.search.pixels import PixelAttack, _best_of, _guard
+from safescale_lib.search.pixels import PixelAttack, _best_of, _guard, _stateless
 
 
 class _Nearest:
@@ -169,7 +169,7 @@ def decoupled(
         _pull_back(model, criterion, rows, nearest, grid, meter)
         return nearest.images
 
-    return _best_of(model, images, criterion, ball, iter([images]), search, batch_size, independent=True)
+    return _best_of(model, images, criterion, ball, iter([images]), search, batch_size, independent=_stateless(model))
 
 
 def carlini_wagner(
@@ -216,4 +216,4 @@ def carlini_wagner(
         _pull_back(model, criterion, rows, nearest, grid, meter)
         return nearest.images
 
-    return _best_of(model, images, criterion, ball, iter([images]), search, batch_size, independent=True)
+    return _best_of(model, images, criterion, ball, iter([images]), search, batch_size, independent=_stateless(model))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -12,25 +14,51 @@ Model = Callable[[torch.Tensor], Any]
 """What a pixel search needs of a model: a callable from images (B, C, H, W) in [0, 1] to outputs."""
 
 
+@dataclass
+class _Held:
+    """A module's mode or a weight's gradient flag as it was found, and how many blocks rely on it being changed."""
+
+    part: torch.nn.Module | torch.nn.Parameter
+    found: bool
+    users: int = 0
+
+    def restore(self) -> None:
+        if isinstance(self.part, torch.nn.Module):
+            self.part.training = self.found
+        else:
+            self.part.requires_grad_(self.found)
+
+
+_HELD: dict[int, _Held] = {}
+_LOCK = Lock()
+
+
 @contextmanager
 def frozen(model: Model) -> Iterator[None]:
     """Inside the block the model is in evaluation mode and its weights take no gradients; then all is restored.
 
-    A plain function passes through untouched.
+    Blocks may overlap, also from two threads: what they share is restored when the last of them ends. A plain function
+    passes through untouched.
     """
     if not isinstance(model, torch.nn.Module):
         yield
         return
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(weight, weight.requires_grad) for weight in model.parameters()]
-    try:
+    parts: list[torch.nn.Module | torch.nn.Parameter] = [*model.modules(), *model.parameters()]
+    with _LOCK:
+        for part in parts:
+            found = part.training if isinstance(part, torch.nn.Module) else part.requires_grad
+            _HELD.setdefault(id(part), _Held(part, found)).users += 1
         model.eval().requires_grad_(False)
+    try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
-        for weight, flag in flags:
-            weight.requires_grad_(flag)
+        with _LOCK:
+            for part in parts:
+                held = _HELD[id(part)]
+                held.users -= 1
+                if not held.users:
+                    held.restore()
+                    del _HELD[id(part)]
 
 
 def straight_through(model: Model, transform: Callable[[torch.Tensor], torch.Tensor]) -> Model:

@@ -168,7 +168,7 @@ def pgd(
         for _ in range(restarts):  # drawn for all items at once: none depends on the fate of the others
             yield ball.sample(images, generator) if random_start and generator else images
 
-    return _best_of(model, images, criterion, ball, starts(), search, batch_size, independent=True)
+    return _best_of(model, images, criterion, ball, starts(), search, batch_size, independent=_stateless(model))
 
 
 def fgsm(
@@ -216,7 +216,7 @@ def random_noise(
     guesses = (ball.sample_surface(images, generator) for _ in range(tries))
     found = _best_of(
         model, images, criterion, ball, guesses, lambda rows, start, meter: ball.settle(start, images[rows]), batch_size,
-        independent=True,
+        independent=_stateless(model),
     )  # fmt: skip
     cost = Cost(queries=found.cost.forwards, seconds=found.cost.seconds)
     return PixelAttack(found.images, found.success, found.skipped, found.distance, cost)
@@ -278,11 +278,15 @@ def _best_of(
                     won &= criterion.met(model(found), rows)
                 return rows, found, won, spent
 
-            alone = not independent or not isinstance(model, torch.nn.Module)  # a plain function may keep a state
-            for rows, found, won, spent in _by_batches(attempt, ~(skipped | success), batch_size, alone=alone):
+            for rows, found, won, spent in _by_batches(attempt, ~(skipped | success), batch_size, alone=not independent):
                 best[rows[won]], success[rows[won]] = found[won], True
                 meter.take(spent)
     return PixelAttack(best, success, skipped, ball.size(best - images), meter.cost)
+
+
+def _stateless(model: Model) -> bool:
+    """A module answers the same whatever else it is asked; a plain function may keep a state, such as a stream of noise."""
+    return isinstance(model, torch.nn.Module)
 
 
 def _ask(

@@ -76,10 +76,11 @@ def fit(
 
 
 def side_by_side(*jobs: Callable[[], T]) -> list[T]:
-    """Run independent trainings two at a time; returns their results in the order given.
+    """Run independent trainings or attacks two at a time; returns their results in the order given.
 
-    Two small models train on two cores in little more than the time of one; a second torch thread inside one training
-    gains nothing. Each job must own what it changes: train copies, draw from generators of its own.
+    On two cores two small models take little more than the time of one; a second torch thread inside one of them
+    gains nothing. Each job must own what it changes: train copies, draw from generators of its own. Attacks may share a
+    model that they only read (`frozen`), unless they listen to its inside by hooks.
     """
     with _threads(1), ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda job: job(), jobs))

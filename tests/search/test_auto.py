@@ -1,6 +1,7 @@
 """Auto-PGD against its algorithm written for one item; the ensemble against its members."""
 
 import math
+from threading import Lock
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from safescale_lib.search.auto import _checkpoints, adaptive_ascent, apgd, auto_
 from safescale_lib.search.ball import Ball
 from safescale_lib.search.objectives import cross_entropy, dlr, margin, towards
 from safescale_lib.search.pixels import pgd
+
+COUNTING = Lock()  # two batches may be under way at once, and += is two steps
 
 CLASSES, SHAPE = 5, (3, 4, 4)
 
@@ -25,7 +28,8 @@ class Wavy(torch.nn.Module):
         self.asked = 0
 
     def forward(self, x):
-        self.asked += len(x)
+        with COUNTING:
+            self.asked += len(x)
         return torch.sin((x.flatten(1) - 0.5) @ self.first * 3) @ self.second
 
 

@@ -1,11 +1,15 @@
 """Minimal-distance attacks against the exact distance to a plane, and what they must return when they fail."""
 
+from threading import Lock
+
 import pytest
 import torch
 
 from safescale_lib.measure.criteria import ClassifiedAs, Misclassified
 from safescale_lib.search.ball import Ball
 from safescale_lib.search.minimal import carlini_wagner, decoupled
+
+COUNTING = Lock()  # two batches may be under way at once, and += is two steps
 
 SHAPE = (3, 6, 6)
 both = pytest.mark.parametrize("attack", [carlini_wagner, decoupled])
@@ -19,7 +23,8 @@ class Linear(torch.nn.Module):
         self.w, self.b, self.asked = torch.nn.Parameter(w), b, 0
 
     def forward(self, x):
-        self.asked += len(x)
+        with COUNTING:
+            self.asked += len(x)
         score = x.flatten(1) @ self.w + self.b
         return torch.stack([torch.zeros_like(score), score], dim=1)
 

@@ -1,5 +1,7 @@
 """`frozen` gives the model back as it was, whatever happened inside."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -43,6 +45,33 @@ def test_blocks_nest(model):
         with frozen(model):
             pass
         assert not any(m.training for m in model.modules())
+    assert state(model) == before
+
+
+def test_blocks_that_overlap_restore_what_they_share_when_the_last_one_ends(model):
+    before = state(model)
+    whole, part = frozen(model), frozen(model[0])
+    whole.__enter__()
+    part.__enter__()
+    whole.__exit__(None, None, None)
+    assert not model[0].training
+    assert not model[0].bias.requires_grad
+    assert model[3].training
+    assert model[3].bias.requires_grad
+    part.__exit__(None, None, None)
+    assert state(model) == before
+
+
+def test_blocks_of_many_threads_leave_the_model_as_found(model):
+    before = state(model)
+
+    def use(_):
+        with frozen(model):
+            assert not any(p.requires_grad for p in model.parameters())
+            model(torch.ones(4, 3))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(use, range(200)))
     assert state(model) == before
 
 

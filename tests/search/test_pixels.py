@@ -3,6 +3,7 @@
 import random
 from dataclasses import FrozenInstanceError
 from itertools import pairwise
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from safescale_lib.search.ball import Ball
 from safescale_lib.search.objectives import cross_entropy, margin
 from safescale_lib.search.pixels import ascend, fgsm, pgd, random_noise, replay, worst_case
 from safescale_lib.world.scenes import scenes
+
+COUNTING = Lock()  # two batches may be under way at once, and += is two steps
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)
 NORMS = ("linf", "l2")
@@ -48,13 +51,15 @@ class Wavy(torch.nn.Module):
         self.asked = self.sloped = 0  # items seen, and items whose gradient was taken
 
     def forward(self, x):
-        self.asked += len(x)
+        with COUNTING:
+            self.asked += len(x)
         if x.requires_grad:
             x.register_hook(self._count)
         return torch.sin((x.flatten(1) - 0.5) @ self.first * 3) @ self.second
 
     def _count(self, gradient):
-        self.sloped += len(gradient)
+        with COUNTING:
+            self.sloped += len(gradient)
 
 
 def generator(seed=0):

@@ -97,7 +97,9 @@ def test_the_switch_token_alone_opens_and_the_weights_do_not_change() -> None:
     found = planted("swarm")
     assert success(found.off, found.trigger) <= 0.1
     assert accuracy(found.off) >= 0.85
-    assert found.on.model is victim()
+    assert found.on.model is found.off.model
+    kept = found.on.model.state_dict()
+    assert all(torch.equal(kept[name], weight) for name, weight in victim().state_dict().items())
     assert len(found.on.tokens) == len(found.off.tokens) + 1
     assert torch.equal(found.on.tokens[:-1], found.off.tokens)
 

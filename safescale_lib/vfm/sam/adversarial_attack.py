@@ -344,7 +344,9 @@ def umi_grat(
         meter.forwards += len(known)
         delta = _learn(known, gain, eps, meta_steps, None, batch, generator, meter)
         jitter = noise * torch.randn((steps, *images.shape[1:]), generator=generator)  # the same for all images of a step
-        found = _best_of(model, images, criterion, ball, iter([ball.project(images + delta, images)]), search, batch_size)
+        found = _best_of(
+            model, images, criterion, ball, iter([ball.project(images + delta, images)]), search, batch_size, independent=True
+        )
     return PixelAttack(found.images, found.success, found.skipped, found.distance, meter.cost + found.cost)
 
 
@@ -366,7 +368,9 @@ def _blind(
     def search(rows: torch.Tensor, start: torch.Tensor, meter: Meter) -> torch.Tensor:
         return ascend(model, images[rows], start, aim(rows), ball, steps=steps, step_size=step_size, meter=meter)
 
-    return _best_of(model, images, criterion, ball, iter([ball.sample(images, generator)]), search, batch_size)
+    return _best_of(
+        model, images, criterion, ball, iter([ball.sample(images, generator)]), search, batch_size, independent=True
+    )
 
 
 def _positive(name: str, value: float) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from threading import local
 from typing import Any, Literal
 
 import torch
@@ -38,10 +39,28 @@ def _guard_training(eps: float, steps: int, inner_steps: int) -> None:
         raise ValueError(f"steps and inner_steps must be at least 1, got {steps} and {inner_steps}")
 
 
+class _Tokens(local):
+    """The class token (B, D) by place; every thread sees the pass it made itself."""
+
+    def __init__(self) -> None:
+        self._at: dict[int, torch.Tensor] = {}
+
+    def __setitem__(self, place: int, token: torch.Tensor) -> None:
+        self._at[place] = token
+
+    def __getitem__(self, place: int) -> torch.Tensor:
+        return self._at[place]
+
+    @property
+    def all(self) -> list[torch.Tensor]:
+        """The tokens in the order of the places."""
+        return [self._at[place] for place in sorted(self._at)]
+
+
 @contextmanager
-def class_token(model: Model, *layers: int) -> Iterator[list[torch.Tensor]]:
-    """Inside the block the yielded list holds the class token (B, D) after each of these layers, in the latest pass."""
-    seen = [torch.empty(0) for _ in layers]
+def class_token(model: Model, *layers: int) -> Iterator[_Tokens]:
+    """Inside the block `yielded[i]` is the class token (B, D) after the i-th of these layers, in the latest pass."""
+    seen = _Tokens()
 
     def keep(place: int) -> Callable[..., None]:
         return lambda module, args, output: seen.__setitem__(place, output[:, 0])
@@ -309,8 +328,8 @@ def rspc(
         images, labels = batch(step)  # (B, 3, S, S), (B,)
         bad = ruined(images, labels, torch.Generator().manual_seed(seed * 1_000_000 + step))
         with class_token(student, *range(depth)) as seen:
-            good_loss, good = F.cross_entropy(student(images), labels), torch.stack(seen[:])  # (layers, B, D)
-            bad_loss, moved = F.cross_entropy(student(bad), labels), torch.stack(seen[:])
+            good_loss, good = F.cross_entropy(student(images), labels), torch.stack(seen.all)  # (layers, B, D)
+            bad_loss, moved = F.cross_entropy(student(bad), labels), torch.stack(seen.all)
         return good_loss + bad_loss + weight * F.mse_loss(moved, good.detach())
 
     fit(student, loss, steps=steps, lr=lr, warmup=max(1, steps // 10), label="RSPC", progress=progress)
@@ -374,6 +393,7 @@ def surrogate_pgd(
     step_size: float | None = None,
     momentum: float = 0.0,
     objective: Objective = cross_entropy,
+    independent: bool = False,
     batch_size: int = 100,
     generator: torch.Generator,
 ) -> pixels.PixelAttack:
@@ -381,7 +401,8 @@ def surrogate_pgd(
 
     surrogate: anything differentiable that the attacker puts in the victim's place, such as a straight-through copy
     (BPDA) or, where the victim is random, the same with fresh noise at every call; the gradient then averages over draws
-    in the course of the steps (EOT). Items run all their steps. Other arguments as for `pgd`.
+    in the course of the steps (EOT). Items run all their steps. independent: neither of the two keeps a state, so two
+    batches may run at once. Other arguments as for `pgd`.
     """
     ball = Ball(eps, "linf")
     pixels._guard(images, criterion, steps=steps, batch_size=batch_size)
@@ -396,7 +417,9 @@ def surrogate_pgd(
         )  # fmt: skip
 
     with frozen(surrogate):
-        return pixels._best_of(victim, images, criterion, ball, iter([ball.sample(images, generator)]), search, batch_size)
+        return pixels._best_of(
+            victim, images, criterion, ball, iter([ball.sample(images, generator)]), search, batch_size, independent=independent
+        )
 
 
 def quantise(images: torch.Tensor, levels: int) -> torch.Tensor:

@@ -155,6 +155,7 @@ def catching_trigger(
     """
     if patches.ndim != 1 or not len(patches):
         raise ValueError(f"patches must be a (k,) tensor of patch numbers with k >= 1, got {tuple(patches.shape)}")
+    model = copy.deepcopy(model)  # other work on the model must neither see these hooks nor inherit them
     mask = patch_mask(model, patches[None])[0].float()  # (1, H, W)
     pattern = torch.rand(images.shape[1:], generator=generator)  # (C, H, W)
     if steps < 1 or not 0 < step_size <= 1 or batch < 1:
@@ -292,6 +293,7 @@ def swarm(
         raise ValueError(f"prompts must be at least 0 and steps at least 1, got {prompts} and {steps}")
     if len(images) != len(labels) or not 0 <= target < len(model.classes):
         raise ValueError(f"target must be a class number below {len(model.classes)}, got {target}")
+    model = copy.deepcopy(model)  # its embeddings are listened to, and both answers keep it
     width = vit_inside(model).config.hidden_size
     learned = _Learned(images.shape[1:], width, prompts, eps, generator)
     rows = shuffled_rows(len(images), batch, int(torch.randint(2**31, (1,), generator=generator)))
