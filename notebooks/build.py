@@ -34,13 +34,17 @@ HERE = Path(__file__).parent
 CELL_SECONDS = 240
 PEAK_MEMORY = """
 import sys
-try:
+from pathlib import Path
+
+status = Path("/proc/self/status")
+if status.exists():  # not ru_maxrss: on Linux it begins with the size of the process that started this one
+    print(int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024)
+elif sys.platform == "darwin":
     import resource
-except ImportError:  # Windows has no such module
+
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+else:  # Windows keeps no such number where Python reads it
     print(0)
-else:
-    unit = 1 if sys.platform == "darwin" else 1024
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 """
 
 

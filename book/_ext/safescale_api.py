@@ -19,6 +19,7 @@ from pathlib import PurePath
 from textwrap import dedent
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bs4 import BeautifulSoup
 from docutils import nodes
 from docutils.statemachine import StringList
 from sphinx import addnodes
@@ -135,8 +136,12 @@ def entries(module: ModuleType) -> Iterator[list[str]]:
         elif member.kind == "function":
             yield [f".. autofunction:: {full}", ""]
         else:
-            long = len(repr(getattr(module, member.name))) > 70
-            yield [f".. autodata:: {full}", *(["   :no-value:"] if long else []), ""]
+            value = getattr(module, member.name)
+            if " object at 0x" in repr(value):  # an address says nothing, and is another one in every build
+                yield [f".. py:data:: {member.name}", f"   :module: {name}", "", f"   {_inline(member.remark, set())}", ""]
+                continue
+            untold = isinstance(value, PurePath) or len(repr(value)) > 70  # a path is this machine's own
+            yield [f".. autodata:: {full}", *(["   :no-value:"] if untold else []), ""]
     if aliases:
         yield [f"Defined elsewhere and bound to this part of the survey: {', '.join(aliases)}.", ""]
 
@@ -187,6 +192,8 @@ def prose(text: str, parameters: set[str]) -> list[str]:
     made: list[str] = []
     for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
         lines = paragraph.split("\n")
+        if not paragraph:
+            continue
         if all(line.startswith("    ") for line in lines if line):
             made += [f".. code-block:: {_language(lines)}", "", *lines, ""]
             continue
@@ -230,8 +237,15 @@ def _citation(found: re.Match[str]) -> str:
 def process_signature(
     app: Sphinx, what: str, name: str, value: Any, options: Any, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None] | None:
-    """A protocol is never made, so it has no arguments."""
-    return ("", None) if what == "class" and getattr(value, "_is_protocol", False) else None
+    """A protocol is never made, so it has no arguments; a default that is made anew each time has no text; and what the
+    command line is told about an argument is no part of its type.
+    """
+    if what == "class" and getattr(value, "_is_protocol", False):
+        return "", None
+    if not signature:
+        return None
+    plain = re.sub(r"[~\w.]*Annotated\[([^,\[\]]+), <[^>]*>\]", r"\1", signature)
+    return plain.replace("<factory>", "..."), returns
 
 
 def skip_member(app: Sphinx, what: str, name: str, value: Any, skip: bool, options: Any) -> bool | None:
@@ -475,6 +489,25 @@ def _uses(app: Sphinx, docname: str, sections: list[Use]) -> list[nodes.Node]:
     return [nodes.container("", *made, classes=["safescale-uses"])] if made else []
 
 
+# -------------------------------------------------------------------------------------------------- accessible pages
+
+
+def mend_lists(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: nodes.document | None) -> None:
+    """Sphinx writes the lines of a signature as a list of definitions without terms, and viewcode a list inside a list."""
+    if not pagename.startswith(("book/api/", "_modules/index")) or "body" not in context:
+        return
+    page = BeautifulSoup(context["body"], "html.parser")
+    for lines in page.select("dt.sig > dl"):
+        for line in lines.find_all("dd", recursive=False):
+            line.name = "span"
+        lines.name, lines["class"] = "span", "safescale-arguments"
+    for inner in page.select("ul > ul"):
+        above = inner.find_previous_sibling("li")
+        if above:
+            above.append(inner.extract())
+    context["body"] = str(page)
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Sphinx's entry point."""
     for extension in ("sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx_codeautolink"):
@@ -493,4 +526,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("doctree-read", link_sources, priority=480)
     app.connect("doctree-read", name_sources, priority=500)  # codeautolink reads the pages at 490
     app.connect("doctree-resolved", resolve)
+    app.connect("html-page-context", mend_lists)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -323,7 +323,7 @@ class CoverageMatrix(FromSurvey):
             for threat in (card.threat, ""):
                 for family in (card.node.path[0], ""):
                     runs[threat, family].append(covered.nodes[key].runs)
-        header = ["threat", *(family.title.removesuffix(" Models") for family in families), "all families"]
+        header = ["threat", *(family.title.removesuffix(" Models") for family in families), "all"]
         columns = [*(family.key for family in families), ""]
         rows = [
             tag(

@@ -45,7 +45,7 @@ THREATS: Mapping[str, Value] = MappingProxyType(
     {
         "adversarial": Value("Adversarial", "A small change of the input makes the model answer wrongly."),
         "backdoor": Value("Backdoor", "A trigger planted in training turns the model when it appears."),
-        "poisoning": Value("Poisoning", "Altered training data makes the model learn what it should not, or nothing."),
+        "poisoning": Value("Poisoning", "Altered data makes the model learn or recall what it should not, or nothing."),
         "jailbreak": Value("Jailbreak", "A request gets an aligned model to give what it was taught to refuse."),
         "prompt_injection": Value("Prompt injection", "Data that the model reads is taken for an instruction."),
         "energy_latency": Value("Energy and latency", "An input makes the model compute far more than it should."),

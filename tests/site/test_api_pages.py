@@ -79,6 +79,15 @@ def test_every_function_and_class_has_words(pages: Pages) -> None:
     assert silent == []
 
 
+def test_no_entry_names_this_machine_or_leaves_a_type_unread(pages: Pages) -> None:
+    for path, page in pages.items():
+        if path.startswith("book/api/"):
+            text = page.article.get_text()
+            assert str(ROOT) not in text, path
+            assert "~safescale_lib" not in text, path
+            assert "object at 0x" not in text, path
+
+
 def words(content: Any) -> str:
     assert isinstance(content, Tag)
     paragraph = content.find("p", recursive=False)
@@ -192,6 +201,7 @@ def test_docstrings_become_text_and_nothing_else(api: ModuleType) -> None:
     assert "``eps``\\ : radius" in made
     assert "\n- one\n- two\n" in made
     assert ".. code-block:: python\n\n    x = f(1)" in made
+    assert api.prose("", set()) == []
     assert "code-block:: text" in "\n".join(api.prose("    f(...): what", set()))
 
 
