@@ -53,7 +53,7 @@ nbval: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p tests.nbval_outcomes --nbval-lax --nbval-cell-timeout=240 -n 2 --dist loadfile notebooks
 
 site-test: $(SITE)/index.html
-	SAFESCALE_SITE=$(SITE) $(BIN)/python -m pytest -q tests/site
+	SAFESCALE_SITE=$(SITE) $(BIN)/python -m pytest -q -n 2 tests/site
 
 # A chapter in a real JupyterLab: as long as the chapter, so no other test runs beside it.
 lab-test: $(VENV)/ready

@@ -36,9 +36,11 @@ OVERFLOW = """() => {
 
 @pytest.fixture(scope="session")
 def paths(site: Path) -> list[str]:
-    """Every page, as a path below the address."""
-    found = (path.relative_to(site) for path in sorted(site.rglob("*.html")))
-    return [path.as_posix() for path in found if "_static" not in path.parts and path.as_posix() != "index.html"]
+    """Every page, as a path below the address. Of the pages that hold one source file each, the shortest and the longest do."""
+    found = [path for path in sorted(site.rglob("*.html")) if "_static" not in path.parts and path != site / "index.html"]
+    sources = sorted((path for path in found if "_modules" in path.parts), key=lambda path: path.stat().st_size)
+    found = [path for path in found if path not in sources[1:-1]]
+    return [path.relative_to(site).as_posix() for path in found]
 
 
 @contextmanager
