@@ -913,7 +913,7 @@ claim(
 #
 # Behind an interface the attacker sees only answers, and pays for each. Square paints random squares in the most extreme colours the budget allows and
 # keeps those that shrink the margin. The control paints random corners of the ball and learns nothing. (`side_by_side` runs two independent jobs at
-# once; on two cores that saves nearly half of the time, and their results are what they would be alone.)
+# once; their results are what they would be alone.)
 
 # %%
 from safescale_lib.zoo.training import side_by_side
@@ -2463,7 +2463,7 @@ def asr(model, trigger, key, method, target=TARGET, **other):
 
 
 # %% [markdown]
-# Train it, and beside it a second model whose trigger is told below: two trainings at once take little longer than one.
+# Train it, and beside it a second model whose trigger is told below: on two cores the two share the wait.
 
 # %%
 from safescale_lib.vfm.vit import badvit
@@ -2901,7 +2901,7 @@ claim(
 )
 
 # %% [markdown]
-# Cutting adds nothing to the tuning here: this backdoor does not live in idle neurons. The same
+# Cutting adds little to the tuning here: most of this backdoor does not live in idle neurons. The same
 # adaptive step - more poison - that blinded the detectors also makes the backdoor last.
 #
 # ### At work: take the patches apart

@@ -200,6 +200,7 @@ def retell(script: Path) -> bool:
     )
     if [cell.source for cell in new] != [cell.source for cell in old]:
         raise RuntimeError("code changed, so the notebook has to run: leave out --text")
+    notebook.metadata = made.metadata
     for fresh, run in zip(new, old, strict=True):
         fresh.update(outputs=run.outputs, execution_count=run.execution_count)
         fresh.metadata = (

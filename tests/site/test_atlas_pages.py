@@ -6,7 +6,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -31,6 +30,8 @@ from safescale_lib.survey.scorecard import as_text, schema
 
 pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
 from playwright.sync_api import Browser, Page, expect
+
+from tests.site.watched import opened
 
 pytestmark = pytest.mark.site
 
@@ -168,20 +169,6 @@ def test_scripts_are_loaded_where_they_are_needed_only(pages: Pages) -> None:
 
 
 # --- in a browser -------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def opened(browser: Browser, address: str, **settings: object) -> Iterator[Page]:
-    context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **settings})
-    page = context.new_page()
-    problems: list[str] = []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith((address, "data:")) else problems.append(request.url))
-    try:
-        yield page
-    finally:
-        context.close()
-    assert not problems, "\n".join(problems)
 
 
 @pytest.fixture

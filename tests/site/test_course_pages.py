@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,8 @@ from bs4 import BeautifulSoup, Tag
 
 pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
 from playwright.sync_api import Browser, Page
+
+from tests.site.watched import opened
 
 pytestmark = [pytest.mark.site, pytest.mark.browser]
 
@@ -25,20 +25,6 @@ def first(pages: Pages, kind: str) -> str:
     if not found:
         pytest.skip(f"no page shows a {kind} yet")
     return found
-
-
-@contextmanager
-def opened(browser: Browser, address: str, **settings: object) -> Iterator[Page]:
-    context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **settings})
-    page = context.new_page()
-    problems: list[str] = []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith((address, "data:")) else problems.append(request.url))
-    try:
-        yield page
-    finally:
-        context.close()
-    assert not problems, "\n".join(problems)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
