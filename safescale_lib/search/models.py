@@ -69,6 +69,8 @@ def straight_through(model: Model, transform: Callable[[torch.Tensor], torch.Ten
     """
 
     def through(x: torch.Tensor) -> Any:
-        return model(transform(x).detach() + (x - x.detach()))
+        with torch.no_grad():
+            changed = transform(x)
+        return model(changed + (x - x.detach()))
 
     return through

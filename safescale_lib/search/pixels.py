@@ -51,6 +51,19 @@ class PixelAttack:
         return ~(self.success | self.skipped)
 
 
+def joined(*parts: PixelAttack) -> PixelAttack:
+    """One result for items that were attacked in parts, such as halves side by side: in the order given, the costs added.
+
+    parts: one or more, with images of one size. Raises ValueError for none.
+    """
+    if not parts:
+        raise ValueError("parts must hold at least one attack")
+    images, success, skipped, distance = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("images", "success", "skipped", "distance")
+    )
+    return PixelAttack(images, success, skipped, distance, sum((part.cost for part in parts), Cost()))
+
+
 @torch.enable_grad()
 def ascend(
     model: Model,

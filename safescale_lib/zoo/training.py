@@ -48,7 +48,7 @@ def fit(
     between 1 and 2, and training amplifies that, so the number must not depend on who calls.
     """
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    optimizer = torch.optim.AdamW(weights.values(), lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(weights.values(), lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
     fingerprint = json.dumps({"steps": steps, "lr": lr, **(settings or {})}, sort_keys=True, default=str)
     buffers = dict(model.named_buffers())
     first, before = _resume(state, weights, buffers, optimizer, fingerprint) if state and state.exists() else (0, 0.0)

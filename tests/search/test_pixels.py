@@ -17,7 +17,7 @@ from safescale_lib.measure.criteria import ClassifiedAs, Misclassified
 from safescale_lib.search import pixels
 from safescale_lib.search.ball import Ball
 from safescale_lib.search.objectives import cross_entropy, margin
-from safescale_lib.search.pixels import ascend, fgsm, pgd, random_noise, replay, worst_case
+from safescale_lib.search.pixels import ascend, fgsm, joined, pgd, random_noise, replay, worst_case
 from safescale_lib.world.scenes import scenes
 
 COUNTING = Lock()  # two batches may be under way at once, and += is two steps
@@ -301,6 +301,19 @@ def test_the_batch_size_does_not_matter(case, attack):
     assert whole.success.any()
     for batch_size in (1, 7, 40):
         assert same(whole, attack(model, images, goal, eps=EPS["linf"], batch_size=batch_size))
+
+
+def test_parts_join_to_what_the_whole_would_have_been(case):
+    model, images, goal = case
+    whole = fgsm(model, images, goal, eps=EPS["linf"])
+    parts = [fgsm(model, images[cut], Misclassified(goal.labels[cut]), eps=EPS["linf"]) for cut in (slice(15), slice(15, None))]
+    found = joined(*parts)
+    assert whole.success.any()
+    assert same(whole, found)
+    assert (found.cost.forwards, found.cost.backwards) == (whole.cost.forwards, whole.cost.backwards)
+    assert same(joined(parts[1]), parts[1])
+    with pytest.raises(ValueError, match="parts"):
+        joined()
 
 
 @every_attack

@@ -348,6 +348,7 @@ def purify(denoiser: Denoiser, images: torch.Tensor, *, time: int, steps: int = 
         raise ValueError(f"steps must lie in 1..time, got {steps}")
     stops = torch.linspace(time, 0, steps + 1).round().long().tolist()  # time, ..., 0
     z = denoiser.noised(2 * images - 1, torch.tensor([time], device=images.device), noise)
+    z = z.contiguous(memory_format=torch.channels_last)  # convolutions on a CPU are a fifth faster that way
     for now, after in pairwise(stops):
         clean = denoiser(z, torch.full((len(images),), now, device=images.device))
         a, b = denoiser.a[now], denoiser.a[after]
