@@ -1341,7 +1341,11 @@ def fooled(name, key, method, model=vit, seeds=(0,), **budget):
     """Run a patch attack of the library on `few`; one outcome a seed."""
     base = float((model(few).argmax(-1) == few_wrong.labels).float().mean())
     budget = {"steps": 30, "batch_size": 100, **budget}
-    runs = [name(model, few, few_wrong, generator=seeded(s), **budget) for s in seeds]
+    jobs = [  # each with a model of its own: its attention is listened to
+        partial(name, copy.deepcopy(model), few, few_wrong, generator=seeded(s), **budget)
+        for s in seeds
+    ]  # fmt: skip
+    runs = side_by_side(*jobs)
     labels = dict(technique=f"{ATTACK}.{key}", method=method, clean=base)
     return runs[0], [
         robust_accuracy(r, **labels, seed=s) for s, r in zip(seeds, runs, strict=True)
