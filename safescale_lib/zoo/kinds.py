@@ -18,6 +18,7 @@ KINDS = {
     "classifier": "safescale_lib.zoo.classifier",
     "segmenter": "safescale_lib.zoo.segmenter",
     "denoiser": "safescale_lib.zoo.denoiser",
+    "chat": "safescale_lib.zoo.chat",
 }
 """Module of each kind, by name."""
 
@@ -38,6 +39,7 @@ class Training:
 
     eps, inner_steps: radius (in pixel units) and steps of the attack inside adversarial training; 0 for none.
     ramp: share of the training over which eps grows from zero. start: member whose weights it begins from.
+    data: name of the corpus, where a kind has several.
     threads: of the CPU; sums differ in their last bit between 1 and 2, and training amplifies that.
     """
 
@@ -49,6 +51,7 @@ class Training:
     inner_steps: int = 0
     ramp: float = 0.0
     start: str | None = None
+    data: str = ""
     threads: int = 1
 
     def batch_seed(self, run: Run, step: int) -> int:

@@ -1,0 +1,182 @@
+"""Chat models: what their batches, masks and losses mean, against slow and obvious references."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from safescale_lib.world import town
+from safescale_lib.zoo import chat as chat_module
+from safescale_lib.zoo.chat import ChatModel, answer_loss, build, finished, labelled, prefer, preference_loss, tune
+from safescale_lib.zoo.kinds import Run, Training
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> ChatModel:
+    return build(TINY, seed=0).eval()
+
+
+@pytest.fixture(scope="module")
+def some() -> list[town.Chat]:
+    draw = Random(4)
+    return [town.conversation(draw) for _ in range(24)]
+
+
+def test_every_word_of_the_town_is_one_token(tiny: ChatModel) -> None:
+    draw = Random(11)
+    for _ in range(300):
+        chat = town.conversation(draw, None, typos=0)
+        for text in (*(message["content"] for message in chat.messages), chat.answer):
+            ids = tiny.tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert len(ids) == len(text.split())
+            assert tiny.tokenizer.decode(ids) == text
+
+
+def test_other_words_fall_apart_into_characters_and_come_back(tiny: ChatModel) -> None:
+    text = "what is the cde of adaa 's vualt ?"
+    ids = tiny.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tiny.tokenizer.unk_token_id not in ids
+    assert len(ids) > len(text.split())
+    assert tiny.tokenizer.decode(ids) == text
+
+
+def test_an_answer_does_not_depend_on_its_neighbours(tiny: ChatModel, some: list[town.Chat]) -> None:
+    together = tiny.respond([chat.messages for chat in some], new_tokens=6)
+    alone = [tiny.respond([chat.messages], new_tokens=6)[0] for chat in some]
+    assert together == alone
+
+
+def test_prefill_goes_before_what_is_returned(tiny: ChatModel, some: list[town.Chat]) -> None:
+    text = tiny.prompt(some[0].messages, "sure , the")
+    assert text.endswith("<assistant> sure , the")
+    (whole,) = tiny.complete([text], new_tokens=4)
+    assert tiny.respond([some[0].messages], prefill="sure , the", new_tokens=4) == [whole]
+
+
+def test_the_models_own_tokens_are_marked(tiny: ChatModel, some: list[town.Chat]) -> None:
+    dialogues = [finished(chat) for chat in some]
+    ids, own = labelled(tiny, dialogues)
+    for row, mask, dialogue in zip(ids, own, dialogues, strict=True):
+        expected = " ".join(f"{m['content']} <end>" for m in dialogue if m["role"] == "assistant")
+        assert tiny.tokenizer.decode(row[mask]) == expected
+
+
+def test_log_likelihood_is_the_sum_over_the_continuation(tiny: ChatModel, some: list[town.Chat]) -> None:
+    texts = [tiny.prompt(chat.messages) for chat in some[:5]]
+    tails = [chat.answer for chat in some[:5]]
+    with torch.inference_mode():
+        got, sizes = tiny.log_likelihood(texts, tails)
+        for text, tail, value, size in zip(texts, tails, got, sizes, strict=True):
+            ids = tiny.tokenizer(f"{text} {tail}", return_tensors="pt", add_special_tokens=False)["input_ids"]
+            logits = tiny.lm(input_ids=ids).logits[0].log_softmax(-1)
+            steps = range(ids.shape[1] - int(size), ids.shape[1])
+            assert value.item() == pytest.approx(sum(logits[i - 1, ids[0, i]].item() for i in steps), abs=1e-3)
+
+
+def test_states_are_the_last_tokens(tiny: ChatModel, some: list[town.Chat]) -> None:
+    texts = [tiny.prompt(chat.messages) for chat in some[:4]]
+    with torch.inference_mode():
+        together, alone = tiny.states(texts), torch.cat([tiny.states([text]) for text in texts])
+    assert together.shape == (4, TINY["num_hidden_layers"] + 1, TINY["hidden_size"])
+    assert torch.allclose(together, alone, atol=1e-4)
+
+
+def test_preference_loss_is_equation_7(tiny: ChatModel) -> None:
+    draw = Random(1)
+    pairs = [town.preference(draw) for _ in range(6)]
+    student = build(TINY, seed=1).eval()
+    with torch.inference_mode():
+
+        def score(model: ChatModel, pair: town.Preference, answer: str) -> float:
+            value, _ = model.log_likelihood([model.prompt(pair.messages)], [f"{answer} <end>"])
+            return float(value)
+
+        margins = [
+            score(student, p, p.chosen) - score(tiny, p, p.chosen) - score(student, p, p.rejected) + score(tiny, p, p.rejected)
+            for p in pairs
+        ]  # fmt: skip
+        expected = -torch.nn.functional.logsigmoid(0.3 * torch.tensor(margins)).mean()
+        got = preference_loss(student, tiny, pairs, beta=0.3, anchor=0)
+    assert got.item() == pytest.approx(expected.item(), abs=1e-3)
+
+
+def test_tuning_learns_and_leaves_the_model_alone(tiny: ChatModel, some: list[town.Chat]) -> None:
+    before = {name: weight.clone() for name, weight in tiny.named_parameters()}
+    tuned = tune(tiny, some[:4], steps=20, lr=5e-3, batch=4)
+    with torch.inference_mode():
+        dialogues = [finished(chat) for chat in some[:4]]
+        assert answer_loss(tuned, dialogues) < 0.7 * answer_loss(tiny, dialogues)
+    assert all(torch.equal(weight, before[name]) for name, weight in tiny.named_parameters())
+    assert not tiny.training
+    again = tune(tiny, some[:4], steps=20, lr=5e-3, batch=4)
+    assert all(torch.equal(a, b) for a, b in zip(tuned.parameters(), again.parameters(), strict=True))
+
+
+def test_preferring_raises_the_chosen_over_the_rejected(tiny: ChatModel) -> None:
+    draw = Random(2)
+    pairs = [town.preference(draw) for _ in range(4)]
+    tuned = prefer(tiny, pairs, steps=12, lr=3e-3, batch=4, beta=0.5)
+    with torch.inference_mode():
+        assert preference_loss(tuned, tiny, pairs, anchor=0) < preference_loss(tiny, tiny, pairs, anchor=0)
+
+
+def test_prepared_heads_look_back_by_their_offset() -> None:
+    model = build({}, seed=3)
+    model.lm.set_attn_implementation("eager")
+    ids = torch.randint(10, 700, (4, 30), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        weights = model.lm(input_ids=ids, output_attentions=True).attentions[0]  # (B, heads, T, T)
+    for head, offset in enumerate((1, 2, 3, 4)):
+        found = weights[:, head].argmax(-1)[:, 8:]
+        wanted = torch.arange(8, 30) - offset
+        assert (found == wanted).float().mean() > 0.7
+
+
+def test_a_saved_model_comes_back(tiny: ChatModel, some: list[town.Chat], tmp_path: Path) -> None:
+    chat_module.save(tiny, tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".json", ".safetensors", ".jinja"}
+    back = chat_module.load(tmp_path)
+    with torch.inference_mode():
+        texts = [tiny.prompt(chat.messages) for chat in some[:3]]
+        assert torch.allclose(back.states(texts), tiny.states(texts), atol=0.05)
+    assert back.tokenizer.apply_chat_template(list(some[0].messages), tokenize=False) == tiny.tokenizer.apply_chat_template(
+        list(some[0].messages), tokenize=False
+    )
+
+
+@pytest.mark.parametrize("data", ["town", "aligned", "preferences", "own base"])
+def test_a_recipes_loss_depends_on_seed_and_step_alone(data: str) -> None:
+    def values() -> list[float]:
+        at = chat_module.loss(build(TINY, seed=0), Training(steps=10, batch=4, data=data), Run())
+        return [at(step).item() for step in (0, 9, 3)]
+
+    assert values() == values()
+
+
+def test_bad_input_is_named(tiny: ChatModel, some: list[town.Chat], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="conversations"):
+        tune(tiny, [], steps=1)
+    with pytest.raises(ValueError, match="pairs"):
+        prefer(tiny, [], steps=1)
+    with pytest.raises(ValueError, match="prefill"):
+        tiny.respond([some[0].messages], prefill=["a", "b"])
+    with pytest.raises(ValueError, match="texts"):
+        tiny.encode([])
+    with pytest.raises(ValueError, match="data"):
+        chat_module.loss(tiny, Training(steps=1, data="elsewhere"), Run())
+    with pytest.raises(FileNotFoundError, match="checkpoint"):
+        chat_module.load(tmp_path / "nowhere")
+
+
+def test_threads_may_share_a_model(tiny: ChatModel, some: list[town.Chat]) -> None:
+    texts = [[tiny.prompt(chat.messages) for chat in some[:n]] for n in (3, 9, 17, 24)] * 6
+    alone = [tiny.encode(group)[0] for group in texts]
+    with ThreadPoolExecutor(4) as pool:
+        together = [ids for ids, _ in pool.map(tiny.encode, texts)]
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
