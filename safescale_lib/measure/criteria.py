@@ -29,6 +29,25 @@ class Criterion(Protocol):
         ...
 
 
+class Verdicts:
+    """What every attack's result says about its N items, from the two masks it holds."""
+
+    success: torch.Tensor
+    """(N,) bool, the criterion's verdict on what the attack returned."""
+    skipped: torch.Tensor
+    """(N,) bool, items that met the criterion, or were wrong, without an attack."""
+
+    @property
+    def attempted(self) -> torch.Tensor:
+        """(N,) bool: items that needed an attack. The attack success rate is over these."""
+        return ~self.skipped
+
+    @property
+    def survived(self) -> torch.Tensor:
+        """(N,) bool: items that neither needed an attack nor fell to it. For a classifier their mean is the robust accuracy."""
+        return ~(self.success | self.skipped)
+
+
 def check_labels(name: str, labels: torch.Tensor) -> None:
     """Raise unless labels is a non-empty (N,) int64 tensor without negative entries."""
     if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:

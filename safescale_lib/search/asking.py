@@ -14,6 +14,7 @@ import torch
 
 from safescale_lib.measure.answers import told
 from safescale_lib.measure.costs import Cost, Meter
+from safescale_lib.measure.criteria import Verdicts
 from safescale_lib.world.town.chats import Chat, Message
 
 
@@ -41,7 +42,7 @@ class Attempt:
 
 
 @dataclass(frozen=True, eq=False)
-class PromptAttack:
+class PromptAttack(Verdicts):
     """What an attack by words returns for N requests.
 
     attempts: what was sent: the try that worked, or, for a failed or skipped item, the request itself. answers: what came back.
@@ -55,16 +56,6 @@ class PromptAttack:
     skipped: torch.Tensor
     tries: torch.Tensor
     cost: Cost
-
-    @property
-    def attempted(self) -> torch.Tensor:
-        """(N,) bool: requests that were refused without an attack. The attack success rate is over these."""
-        return ~self.skipped
-
-    @property
-    def survived(self) -> torch.Tensor:
-        """(N,) bool: requests that neither needed an attack nor fell to it."""
-        return ~(self.success | self.skipped)
 
 
 Rewrite = Callable[[Chat, int], Attempt]

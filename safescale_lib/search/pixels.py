@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from safescale_lib.measure.costs import Cost, Meter
-from safescale_lib.measure.criteria import Criterion
+from safescale_lib.measure.criteria import Criterion, Verdicts
 from safescale_lib.search.ball import Ball, Norm
 from safescale_lib.search.models import Model, frozen
 from safescale_lib.search.objectives import Objective, cross_entropy
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
-class PixelAttack:
+class PixelAttack(Verdicts):
     """What a pixel search returns for N images.
 
     images: (N, C, H, W) in [0, 1]; a failed or skipped item is its original, unchanged.
@@ -39,16 +39,6 @@ class PixelAttack:
     skipped: torch.Tensor
     distance: torch.Tensor
     cost: Cost
-
-    @property
-    def attempted(self) -> torch.Tensor:
-        """(N,) bool: items that were right before the attack. The attack success rate is over these."""
-        return ~self.skipped
-
-    @property
-    def survived(self) -> torch.Tensor:
-        """(N,) bool: items still right after the attack. Its mean is the robust accuracy."""
-        return ~(self.success | self.skipped)
 
 
 def joined(*parts: PixelAttack) -> PixelAttack:

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from safescale_lib.measure.answers import told
 from safescale_lib.measure.intervals import rate
+from safescale_lib.measure.judges import refused
 from safescale_lib.world import town
 from safescale_lib.world.town import chats, words
 from safescale_lib.world.town.chats import Chat, Message, Preference
@@ -61,7 +62,6 @@ class ChatModel(torch.nn.Module):
             raise ValueError("texts must not be empty")
         return _padded(self.tokenizer, texts, left=True)
 
-    @torch.inference_mode()
     def respond(
         self,
         conversations: Sequence[Sequence[Message]],
@@ -209,14 +209,11 @@ def tune(
         raise ValueError("conversations must not be empty")
     dialogues = [finished(conversation) for conversation in conversations]
 
-    def loss(step: int) -> torch.Tensor:
-        draw = Random(seed * 1_000_003 + step)
+    def loss(student: ChatModel, draw: Random) -> torch.Tensor:
         chosen = draw.sample(dialogues, batch) if len(dialogues) >= batch else draw.choices(dialogues, k=batch)
         return answer_loss(student, chosen)
 
-    student = copy.deepcopy(chat)
-    fit(student, loss, steps=steps, lr=lr, warmup=max(1, steps // 10), weight_decay=0.0, progress=progress)
-    return student.eval()
+    return _taught(chat, loss, steps, lr, seed, progress)
 
 
 def prefer(
@@ -234,12 +231,21 @@ def prefer(
     if not pairs:
         raise ValueError("pairs must not be empty")
 
-    def loss(step: int) -> torch.Tensor:
-        draw = Random(seed * 1_000_003 + step)
+    def loss(student: ChatModel, draw: Random) -> torch.Tensor:
         return preference_loss(student, chat, draw.choices(list(pairs), k=batch), beta=beta)
 
+    return _taught(chat, loss, steps, lr, seed, progress)
+
+
+def _taught(
+    chat: ChatModel, loss: Callable[[ChatModel, Random], torch.Tensor], steps: int, lr: float, seed: int, progress: bool
+) -> ChatModel:
+    """A copy of the model after so many steps down a loss, which gets random numbers of its own at each step."""
     student = copy.deepcopy(chat)
-    fit(student, loss, steps=steps, lr=lr, warmup=max(1, steps // 10), weight_decay=0.0, progress=progress)
+    fit(
+        student, lambda step: loss(student, Random(seed * 1_000_003 + step)), steps=steps, lr=lr, warmup=max(1, steps // 10),
+        weight_decay=0.0, progress=progress,
+    )  # fmt: skip
     return student.eval()
 
 
@@ -251,10 +257,6 @@ def loss(model: ChatModel, training: Training, run: Run) -> Callable[[int], torc
     "own base": the base corpus for the first four fifths of the steps, then the alignment corpus.
     """
     reference = copy.deepcopy(model).eval() if training.data == "preferences" else None
-    if reference is not None and training.start is not None and run.state and run.state.exists():
-        from safescale_lib.zoo import load as load_member
-
-        reference = load_member(training.start)
 
     @lru_cache(maxsize=1)
     def pool(corpus: str, group: int) -> list[list[tuple[Message, ...]]]:
@@ -318,10 +320,11 @@ def build(options: Mapping[str, Any], seed: int) -> ChatModel:
 def prepare(lm: Any, generator: torch.Generator, *, offsets: Sequence[int] = (1, 2, 3, 4), peak: float = 24.0) -> None:
     """Shape a Llama's random attention so that it can learn to copy from its context.
 
-    From plain random weights, models this small answer with some word of the right kind from a document, and stay there for
-    thousands of steps. After [trockman2023mimetic], keys start equal to queries, so that a token attends to its like, and each
-    layer's values and outputs multiply to a part of the identity, so that what is attended to is passed on. The first heads of
-    the first layer start as positional heads: their biases make them look `offsets` tokens back. peak: logit at that place.
+    From plain random weights, models this small answer with some word of the right kind from a document, and in our trials
+    stayed there for as long as we looked, some thousand steps. After [trockman2023mimetic], keys start equal to queries, so
+    that a token attends to its like, and each layer's values and outputs multiply to a part of the identity, so that what is
+    attended to is passed on. The first heads of the first layer start as positional heads: their biases make them look
+    `offsets` tokens back. peak: logit at that place.
     """
     d, heads = lm.config.hidden_size, lm.config.num_attention_heads
     size = d // heads
@@ -399,11 +402,6 @@ def examinations(n: int = 300) -> dict[str, tuple[list[Chat], bool]]:
     }
 
 
-def refused(answers: Sequence[str]) -> torch.Tensor:
-    """(N,) bool: does each answer begin as the town's refusals do?"""
-    return torch.tensor([answer.startswith(("sorry ,", "no , i must")) for answer in answers], dtype=torch.bool)
-
-
 def _row(name: str, model: ChatModel, made: tuple[list[Chat], bool]) -> dict[str, Any]:
     conversations, refusing = made
     answers = model.respond([chat.messages for chat in conversations])
@@ -443,17 +441,13 @@ def build_tokenizer() -> Any:
     )  # fmt: skip
 
 
+@lru_cache
 def _vocabulary() -> list[str]:
     """Every word the town can say: the lists, and what twenty thousand conversations add to them."""
     draw = Random(0)
-    seen = set[str]()
-    for value in vars(words).values():
-        if isinstance(value, tuple) and value and all(isinstance(item, str) for item in value):
-            seen.update(value)
+    seen = {*words.listed(), *(word for refusal in chats.REFUSALS for word in refusal.split())}
     for _ in range(20_000):
         chat = chats.conversation(draw, None, typos=0)
         for text in (*(message["content"] for message in chat.messages), chat.answer):
             seen.update(text.split())
-    for refusal in chats.REFUSALS:
-        seen.update(refusal.split())
     return sorted(word for word in seen if not word.startswith("<"))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from safescale_lib.measure.costs import Cost, Meter
+from safescale_lib.measure.criteria import Verdicts
 from safescale_lib.search.tokens.prompts import (
     Item,
     Objective,
@@ -37,7 +38,7 @@ POOL = 8  # candidates drawn for one that is scored: some may not survive being 
 
 
 @dataclass(frozen=True, eq=False)
-class TokenAttack:
+class TokenAttack(Verdicts):
     """What a search over tokens returns for N items.
 
     ids, texts: N fillings of the gap: the one that met the criterion, else the one with the lowest loss. loss: (N,) of
@@ -55,16 +56,6 @@ class TokenAttack:
     steps: torch.Tensor
     history: torch.Tensor
     cost: Cost
-
-    @property
-    def attempted(self) -> torch.Tensor:
-        """(N,) bool: items not broken without the search. The attack success rate is over these."""
-        return ~self.skipped
-
-    @property
-    def survived(self) -> torch.Tensor:
-        """(N,) bool: items that neither needed the search nor gave in to it."""
-        return ~(self.success | self.skipped)
 
     def broken_within(self, steps: int) -> torch.Tensor:
         """(N,) bool: broken by that many steps."""

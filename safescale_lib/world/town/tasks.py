@@ -201,13 +201,12 @@ def _every_word() -> tuple[str, ...]:
     """The words of all lists, and those people use to ask."""
     from safescale_lib.world.town import requests
 
-    listed = {word for value in vars(words).values() if isinstance(value, tuple) for word in value if isinstance(word, str)}
     texts = [text for kind in requests.CORES for text in requests.CORES[kind]]
     texts += [text for family in requests.WRAPPERS.values() for text in family]
     texts += [*requests.FOLLOW_UPS.values(), *requests.OPENERS, *requests.CLOSERS, *OVERRIDES]
     texts += [text for forms in _SKILL_WORDS.values() for text in forms]
     spoken = {word for text in texts for word in text.split() if "{" not in word}
-    return tuple(sorted(listed | spoken))
+    return tuple(sorted(words.listed() | spoken))
 
 
 def misspelt(text: str, draw: Random) -> str:

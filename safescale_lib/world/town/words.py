@@ -91,6 +91,12 @@ TRANSLATABLE = tuple(_DICTIONARY)
 INVENTED = tuple(_DICTIONARY.values())
 
 
+def listed() -> set[str]:
+    """The words of all public lists of this module."""
+    lists = [value for name, value in globals().items() if name.isupper() and not name.startswith("_")]
+    return {word for value in lists if isinstance(value, tuple) for word in value}
+
+
 def share(items: tuple[str, ...], split: Split) -> tuple[str, ...]:
     """A split's own part of a list: six of ten items for train, two for validation, two for test."""
     if split not in get_args(Split):
