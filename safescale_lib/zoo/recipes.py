@@ -187,7 +187,7 @@ def make(
         measured = (metrics or made.metrics)(made.load(staged, local=True))
     finally:
         torch.set_num_threads(before)
-    numbers = {key: value for key, value in asdict(training).items() if value not in (None, 0, 0.0) and key != "threads"}
+    numbers = {key: value for key, value in asdict(training).items() if value not in (None, 0, 0.0, "") and key != "threads"}
     card = {
         "name": name,
         "kind": recipe.kind,
