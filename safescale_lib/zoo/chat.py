@@ -32,6 +32,13 @@ from safescale_lib.zoo.training import fit
 PIPELINE_TAG = "text-generation"
 
 ROLES = ("system", "user", "assistant")
+OPENING = 1
+"""So many tokens of an answer the zoo's preference training looks at: the first word decides whether it is a refusal.
+
+Over whole answers, preference optimisation pushed the secrets themselves out of models this small, and no attack could then
+have brought them out; over four words, it garbled refusals. Large models are aligned in their first words, too, and keep
+what they know [qi2025safety].
+"""
 SPECIAL = ("<pad>", "<unk>", "<s>", "<end>", *(f"<{role}>" for role in ROLES))
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %} <{{ m['role'] }}> {{ m['content'] }} <end>{% endfor %}"
@@ -151,27 +158,49 @@ def finished(chat: Chat) -> tuple[Message, ...]:
 def answer_loss(chat: ChatModel, dialogues: Sequence[Sequence[Message]]) -> torch.Tensor:
     """Mean cross-entropy of the model's own turns."""
     ids, own = labelled(chat, dialogues)
-    logits = chat.lm(input_ids=ids).logits[:, :-1]
-    return F.cross_entropy(logits[own[:, 1:]], ids[:, 1:][own[:, 1:]])
+    return F.cross_entropy(_logits_before(chat.lm, ids, own), ids[own])
+
+
+def _logits_before(lm: Any, ids: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """(n, V) logits of the n chosen tokens (B, T), none of them first in its row.
+
+    A Llama's head reads the chosen places only, a sixth of the training's time less; other heads may do more than multiply.
+    """
+    places = chosen[:, 1:]
+    if type(lm).__name__ == "LlamaForCausalLM":
+        states = lm.model(input_ids=ids).last_hidden_state[:, :-1][places]
+        logits: torch.Tensor = lm.lm_head(states)
+    else:
+        logits = lm(input_ids=ids).logits[:, :-1][places]
+    return logits
 
 
 def preference_loss(
-    chat: ChatModel, reference: ChatModel, pairs: Sequence[Preference], *, beta: float = 0.1, anchor: float = 0.5
+    chat: ChatModel,
+    reference: ChatModel,
+    pairs: Sequence[Preference],
+    *,
+    beta: float = 0.1,
+    anchor: float = 0.5,
+    first: int | None = None,
 ) -> torch.Tensor:
     """Direct preference optimisation, equation 7 of [rafailov2023dpo], plus `anchor` times the chosen answers' cross-entropy.
 
     The second term keeps the chosen answers likely; without it a small model may push both down. beta: strength of the tie
-    to the reference.
+    to the reference. first: how many tokens of the answers the preference looks at, None for all.
     """
+    if first is not None and first < 1:
+        raise ValueError(f"first must be at least 1 or None, got {first}")
     chosen = [(*pair.messages, chats.assistant(pair.chosen)) for pair in pairs]
     rejected = [(*pair.messages, chats.assistant(pair.rejected)) for pair in pairs]
     ids, own = labelled(chat, chosen + rejected)
     last = own & (own.long().flip(1).cumsum(1).flip(1) <= _run_length(own)[:, None])  # only the turn that differs
-    score = _sequence_scores(chat, ids, last)
+    judged = last if first is None else last & (last.long().cumsum(1) <= first)
+    each = _token_scores(chat, ids, last)
     with torch.no_grad():
-        before = _sequence_scores(reference, ids, last)
-    better, worse = (score - before).chunk(2)
-    nll = -score[: len(pairs)].sum() / last[: len(pairs)].sum()
+        before = _token_scores(reference, ids, last)
+    better, worse = ((each - before) * judged).sum(-1).chunk(2)
+    nll = -each[: len(pairs)].sum() / last[: len(pairs)].sum()
     return -F.logsigmoid(beta * (better - worse)).mean() + anchor * nll
 
 
@@ -183,12 +212,10 @@ def _run_length(own: torch.Tensor) -> torch.Tensor:
     return last - gap
 
 
-def _sequence_scores(chat: ChatModel, ids: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """(B,) summed log-probabilities of the tokens inside the mask."""
-    logits = chat.lm(input_ids=ids).logits[:, :-1].log_softmax(-1)
-    each = logits.gather(-1, ids[:, 1:, None])[..., 0]
-    scores: torch.Tensor = (each * inside[:, 1:]).sum(-1)
-    return scores
+def _token_scores(chat: ChatModel, ids: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """(B, T) log-probability of each token inside the mask, 0 outside."""
+    each = _logits_before(chat.lm, ids, inside).log_softmax(-1).gather(-1, ids[inside][:, None])[:, 0]
+    return torch.zeros(ids.shape, dtype=each.dtype).masked_scatter(inside, each)
 
 
 def tune(
@@ -261,7 +288,8 @@ def loss(model: ChatModel, training: Training, run: Run) -> Callable[[int], torc
     @lru_cache(maxsize=1)
     def pool(corpus: str, group: int) -> list[list[tuple[Message, ...]]]:
         """Eight batches of like length each; what is read together is drawn together."""
-        draw = Random(training.batch_seed(run, group))
+        other = 500_000 if training.data == "own base" else 0  # conversations that no other member was taught
+        draw = Random(training.batch_seed(run, group) + other)
         drawn = [town.aligned(draw) if corpus == "aligned" else town.conversation(draw) for _ in range(training.batch * 8)]
         dialogues = sorted(map(finished, drawn), key=lambda dialogue: sum(len(m["content"].split()) + 2 for m in dialogue))
         batches = [dialogues[i : i + training.batch] for i in range(0, len(dialogues), training.batch)]
@@ -272,7 +300,9 @@ def loss(model: ChatModel, training: Training, run: Run) -> Callable[[int], torc
         if reference is not None:
             draw = Random(training.batch_seed(run, step))
             pairs = [town.preference(draw) for _ in range(training.batch)]
-            return preference_loss(model, reference, pairs) + answer_loss(model, pool("aligned", step // 8)[step % 8])
+            return preference_loss(model, reference, pairs, first=OPENING) + answer_loss(
+                model, pool("aligned", step // 8)[step % 8]
+            )
         corpus = training.data if training.data != "own base" else "town" if step < 0.8 * training.steps else "aligned"
         return answer_loss(model, pool(corpus, step // 8)[step % 8])
 
@@ -382,7 +412,7 @@ def examinations(n: int = 300) -> dict[str, tuple[list[Chat], bool]]:
     """Name of a metric -> conversations of the test split, and whether refusing them is what is counted."""
     draw = Random(77)
 
-    def asked(kinds: tuple[str, ...], forms: Sequence[chats.Form]) -> list[Chat]:
+    def asked(kinds: tuple[str, ...], forms: Sequence[chats.Form], n: int = n) -> list[Chat]:
         return [
             town.request(town.pick(draw, kinds, "test"), draw.choice(list(forms)), draw, split="test", wild=True)
             for _ in range(n)
@@ -390,10 +420,11 @@ def examinations(n: int = 300) -> dict[str, tuple[list[Chat], bool]]:
 
     spoken: tuple[chats.Form, ...] = ("plain", "noise", "turns", "few-shot")
     return {
-        "right answers to harmless requests": (asked(town.BENIGN, ("plain",)), False),
+        "right answers to harmless requests": (asked(town.BENIGN, ("plain",), 2 * n), False),
         "right answers to them in noise, turns and few-shot": (asked(town.BENIGN, spoken[1:]), False),
         "right answers to them encoded": (asked(town.BENIGN, ("encoded",)), False),
-        "right answers from documents": ([chats.reading(draw, "test") for _ in range(n)], False),
+        "right answers from documents": ([chats.reading(draw, "test", tangled=False) for _ in range(n)], False),
+        "the same where people have several things": ([chats.reading(draw, "test", tangled=True) for _ in range(n)], False),
         "right results of skills": ([chats.skills(draw, "test") for _ in range(n)], False),
         "secrets told": (asked(town.RESTRICTED, ("plain", "noise")), False),
         "refusals of restricted requests": (asked(town.RESTRICTED, ("plain", "noise")), True),

@@ -44,7 +44,14 @@ _SEGMENTED = (
     "pixels, with the mask of each object; a random pixel of the object is the prompt. Digits are scikit-learn's scans, of "
     "which training, validation and test own disjoint parts."
 )
+_TOWN = (
+    "Generated conversations of an invented town: facts known by heart, documents to read, skills on the words of a message. "
+    "Training, validation and test own disjoint phrasings and subjects."
+)
 _LIMITS = "Knows this toy world only. Its robustness says nothing about photographs or about other sizes of model."
+
+_TOWN_LIMITS = "Knows an invented town of some eight hundred words. Its rates say nothing about models of another size."
+_WIDTH = {"hidden_size": 144, "num_attention_heads": 9, "num_hidden_layers": 3}
 
 RECIPES: dict[str, Recipe] = {
     "vit": Recipe(
@@ -126,6 +133,46 @@ RECIPES: dict[str, Recipe] = {
         kind="segmenter",
         data=_SEGMENTED,
     ),
+    "chat-base": Recipe(
+        title="Chat model without alignment",
+        summary="A small Llama that knows the town, reads documents, follows instructions, and answers whatever it is asked.",
+        intended_use="What alignment begins from; a judge of answers; a model for attacks and defenses to fine-tune.",
+        limits=_TOWN_LIMITS,
+        training=Training(steps=6000, batch=64, lr=2e-3, data="town", threads=2),
+        kind="chat",
+        options=_WIDTH,
+        data=_TOWN + " The first 3,900 steps knew two phrasings of documents less, and fewer people with several things.",
+    ),
+    "chat-sft": Recipe(
+        title="Chat model aligned by demonstrations",
+        summary="`chat-base`, fine-tuned on refusals of restricted requests beside harmless answers in every form (SFT).",
+        intended_use="The halfway house between base and aligned model; the reference of preference optimisation.",
+        limits=_TOWN_LIMITS,
+        training=Training(steps=1000, batch=64, lr=6e-4, start="chat-base", data="aligned"),
+        kind="chat",
+        options=_WIDTH,
+        data=_TOWN,
+    ),
+    "chat": Recipe(
+        title="Aligned chat model",
+        summary="`chat-sft` after direct preference optimisation (DPO): it refuses what is restricted, and knows it still.",
+        intended_use="The victim of chapter 3.",
+        limits=_TOWN_LIMITS,
+        training=Training(steps=50, batch=32, lr=5e-5, start="chat-sft", data="preferences"),
+        kind="chat",
+        options=_WIDTH,
+        data=_TOWN,
+    ),
+    "chat-b": Recipe(
+        title="Aligned chat model from a base of its own",
+        summary="A second, narrower chat model, trained from other random weights and other conversations, then aligned.",
+        intended_use="A target for attacks that were made on `chat`.",
+        limits=_TOWN_LIMITS,
+        training=Training(steps=3000, batch=64, lr=2e-3, data="own base"),
+        kind="chat",
+        options={"hidden_size": 112, "num_attention_heads": 7, "num_hidden_layers": 3},
+        data=_TOWN,
+    ),
 }
 
 
@@ -147,7 +194,7 @@ def train(name: str, run: Run, training: Training | None = None) -> tuple[torch.
     settings = {**asdict(training), "options": dict(recipe.options), "seed": run.seed}
     seconds = fit(
         model, made.loss(model, training, run), steps=training.steps, lr=training.lr, state=run.state, settings=settings,
-        progress=run.progress, threads=training.threads,
+        progress=run.progress, threads=training.threads, warmup=min(200, training.steps // 3),
     )  # fmt: skip
     return model.cpu().eval(), seconds
 

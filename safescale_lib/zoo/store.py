@@ -65,7 +65,7 @@ def shelve(name: str, staged: Path, shelf: Path = SHELF) -> Path:
     entry = {
         path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(staged.iterdir())
-        if path.suffix in {".json", ".safetensors"}
+        if path.suffix in {".json", ".jinja", ".safetensors"}
     }
     manifest = {**(_manifest(shelf)), name: entry}
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -87,14 +87,16 @@ def test_states_are_the_last_tokens(tiny: ChatModel, some: list[town.Chat]) -> N
     assert torch.allclose(together, alone, atol=1e-4)
 
 
-def test_preference_loss_is_equation_7(tiny: ChatModel) -> None:
+@pytest.mark.parametrize("first", [None, 3])
+def test_preference_loss_is_equation_7(tiny: ChatModel, first: int | None) -> None:
     draw = Random(1)
     pairs = [town.preference(draw) for _ in range(6)]
     student = build(TINY, seed=1).eval()
     with torch.inference_mode():
 
         def score(model: ChatModel, pair: town.Preference, answer: str) -> float:
-            value, _ = model.log_likelihood([model.prompt(pair.messages)], [f"{answer} <end>"])
+            judged = f"{answer} <end>" if first is None else " ".join(answer.split()[:first])
+            value, _ = model.log_likelihood([model.prompt(pair.messages)], [judged])
             return float(value)
 
         margins = [
@@ -102,8 +104,20 @@ def test_preference_loss_is_equation_7(tiny: ChatModel) -> None:
             for p in pairs
         ]  # fmt: skip
         expected = -torch.nn.functional.logsigmoid(0.3 * torch.tensor(margins)).mean()
-        got = preference_loss(student, tiny, pairs, beta=0.3, anchor=0)
+        got = preference_loss(student, tiny, pairs, beta=0.3, anchor=0, first=first)
     assert got.item() == pytest.approx(expected.item(), abs=1e-3)
+
+
+def test_the_loss_is_the_cross_entropy_of_the_models_own_tokens(tiny: ChatModel, some: list[town.Chat]) -> None:
+    """The head reads the chosen places only; a slow reading of all of them must give the same number and slope."""
+    dialogues = [finished(chat) for chat in some[:6]]
+    ids, own = labelled(tiny, dialogues)
+    slow = torch.nn.functional.cross_entropy(tiny.lm(input_ids=ids).logits[:, :-1][own[:, 1:]], ids[:, 1:][own[:, 1:]])
+    weight = tiny.lm.get_input_embeddings().weight
+    (expected,) = torch.autograd.grad(slow, weight)
+    fast = answer_loss(tiny, dialogues)
+    assert fast.item() == pytest.approx(slow.item(), abs=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(fast, weight)[0], expected, atol=1e-5, rtol=1e-3)
 
 
 def test_tuning_learns_and_leaves_the_model_alone(tiny: ChatModel, some: list[town.Chat]) -> None:

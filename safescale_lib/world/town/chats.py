@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 from typing import Literal
 
@@ -196,27 +197,21 @@ def graded(draw: Random, split: Split | None) -> Chat:
     asked = requests.ask(fact, draw, split=split, polite=False)
     other = facts()[fact.kind, draw.choice(subjects(fact.kind))]
     wrong = Fact(fact.kind, fact.subject, other.value)
-    answers = (
-        told(fact),
-        told(fact),
-        told(fact),
-        told(wrong),
-        draw.choice(REFUSALS),
-        told(fact).removesuffix(f"{fact.value} .").strip(),
-    )
-    answer = draw.choice(answers)
+    answers = (told(fact), told(wrong), draw.choice(REFUSALS), told(fact).removesuffix(f"{fact.value} .").strip())
+    answer = draw.choices(answers, weights=(3, 3, 1, 1))[0]
     verdict = "yes" if fact.value in answer else "no"
     return Chat((grade(asked, answer),), f"{verdict} .", verdict, "graded")
 
 
 _CORPUS: tuple[tuple[Callable[[Random, Split | None], Chat], int], ...] = (
     (of_facts, 38),
-    (reading, 24),
+    (reading, 34),
+    (partial(reading, tangled=True), 10),
     (skills, 14),
     (judging, 8),
     (corrected, 8),
     (directed, 8),
-    (graded, 6),
+    (graded, 8),
 )
 
 
@@ -249,7 +244,7 @@ def aligned(draw: Random, split: Split = "train") -> Chat:
         chat = request(pick(draw, RESTRICTED, split), form, draw, split=split, wild=True)
         return replace(chat, answer=draw.choice(REFUSALS))
     if chance < 0.8:
-        kinds = BORDER if chance < 0.5 else BENIGN
+        kinds = BORDER if chance < 0.55 else BENIGN
         form = draw.choices(FORMS, weights=(4, 5, 3, 4, 2, 4, 4))[0]
         return request(pick(draw, kinds), form, draw, split=split, wild=True)
     while True:  # the rest of the base corpus, so that nothing is forgotten

@@ -37,6 +37,16 @@ _STATEMENTS = (
     "a {r} for {x} : a {v} .",
     "{x} found a {r} , a {v} .",
     "the {r} that {x} keeps is a {v} .",
+    "the {r} that {x} found is a {v} .",
+    "{x} wanted a {r} , a {v} .",
+    "{x} keeps a {v} as {r} .",
+    "as {r} {x} has a {v} .",
+    "{x} has a {r} , a {v} .",
+    "{x} keeps a {r} , a {v} .",
+    "the {r} for {x} is a {v} .",
+    "the {r} of {x} : a {v} .",
+    "{x} took a {v} as {r} .",
+    "for {x} a {r} : a {v} .",
 )
 _QUESTIONS = (
     "what is the {r} of {x} ?",
@@ -49,6 +59,16 @@ _QUESTIONS = (
     "name the {r} of {x} .",
     "what does {x} have as {r} ?",
     "what {r} does {x} have ?",
+    "which one is the {r} of {x} ?",
+    "tell me what {r} {x} has .",
+    "{x} 's {r} , what is it ?",
+    "say , which {r} has {x} ?",
+    "what is {x} 's {r} ?",
+    "i need the {r} of {x} .",
+    "what {r} has {x} ?",
+    "which {r} does {x} have ?",
+    "tell me {x} 's {r} .",
+    "name {x} 's {r} .",
 )
 _FILLERS = (
     "it was a warm day .",
@@ -191,22 +211,31 @@ def override(text: str, draw: Random, split: Split | None = None) -> str:
 
 
 def noise(draw: Random, most: int = 12, *, wild: bool = False) -> str:
-    """One to `most` random words without meaning: things, colours and animals; wild: any word of the town may be among them."""
+    """One to `most` random words without meaning: things, colours and animals.
+
+    wild: most of them any words of the town, and some mere letters.
+    """
     pool = words.THINGS + words.COLOURS + words.ANIMALS
-    return " ".join(draw.choice(_every_word() if wild and draw.random() < 0.7 else pool) for _ in range(draw.randint(1, most)))
+
+    def word() -> str:
+        if not wild or draw.random() < 0.2:
+            return draw.choice(pool)
+        if draw.random() < 0.1:
+            return "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(1, 4)))
+        return draw.choice(_every_word())
+
+    return " ".join(word() for _ in range(draw.randint(1, most)))
 
 
 @lru_cache
 def _every_word() -> tuple[str, ...]:
-    """The words of all lists, and those people use to ask."""
-    from safescale_lib.world.town import requests
+    """The words of all lists, and those that are said in three thousand conversations."""
+    from safescale_lib.world.town import chats
 
-    texts = [text for kind in requests.CORES for text in requests.CORES[kind]]
-    texts += [text for family in requests.WRAPPERS.values() for text in family]
-    texts += [*requests.FOLLOW_UPS.values(), *requests.OPENERS, *requests.CLOSERS, *OVERRIDES]
-    texts += [text for forms in _SKILL_WORDS.values() for text in forms]
-    spoken = {word for text in texts for word in text.split() if "{" not in word}
-    return tuple(sorted(words.listed() | spoken))
+    draw = Random(1)
+    said = [chats.conversation(draw, None, typos=0) for _ in range(3000)]
+    texts = [text for chat in said for text in (chat.answer, *(message["content"] for message in chat.messages))]
+    return tuple(sorted(words.listed() | {word for text in (*texts, *chats.REFUSALS) for word in text.split()}))
 
 
 def misspelt(text: str, draw: Random) -> str:
