@@ -61,8 +61,9 @@ lab-test: $(VENV)/ready
 
 BENCHMARKS := pgd carlini_wagner square ensemble backdoor_detectors
 
-bench: .venv-bench/ready  ## measure attacks and detectors side by side with named libraries, one after the other
+bench: .venv-bench/ready .venv-gcg/ready  ## measure attacks and detectors side by side with named libraries, one after the other
 	for name in $(BENCHMARKS); do .venv-bench/bin/python -m benchmarks.$$name; done
+	.venv-gcg/bin/python -m benchmarks.gcg
 
 clean:  ## remove what was built; the environment and the weights stay
 	rm -rf _build zoo-training .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -78,6 +79,11 @@ $(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check --no-deps torchattacks==3.5.1
+	touch $@
+
+.venv-gcg/ready: benchmarks/requirements-gcg.txt
+	$(PYTHON) -m venv .venv-gcg
+	.venv-gcg/bin/pip install --quiet --disable-pip-version-check -r benchmarks/requirements-gcg.txt
 	touch $@
 
 $(SITE)/index.html: $(VENV)/ready $(NOTEBOOKS) $(SOURCES) $(PAGES)

@@ -1,4 +1,4 @@
-"""Charts of counts: stacked bars, two numbers side by side, and the flow from one sorting to another."""
+"""Charts of counts: stacked bars, two numbers side by side, a matrix of rates, and the flow from one sorting to another."""
 
 from __future__ import annotations
 
@@ -139,3 +139,51 @@ def _ribbon(axis: Axes, start: float, end: float, high: float, wide: float, colo
     codes = [Path.MOVETO, *[Path.CURVE4] * 3, Path.LINETO, *[Path.CURVE4] * 3, Path.CLOSEPOLY]
     band = Path([*upper, *lower, (0, start)], codes)
     axis.add_patch(PathPatch(band, facecolor=colour, alpha=0.5, edgecolor="white", linewidth=0.4))
+
+
+def matrix(
+    values: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    label: str,
+    apart: int = 0,
+    marked: Sequence[tuple[int, int]] = (),
+) -> Figure:
+    """A heat map of rates in [0, 1] with the number in every cell, in percent. values: one sequence of numbers a row.
+
+    label: of the colour scale. apart: so many of the last rows are set apart, such as a worst case over the rows above. marked:
+    (row, column) of cells that get a frame. Raises ValueError for values of another shape or outside [0, 1].
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import Normalize
+    from matplotlib.patches import Rectangle
+
+    if not rows or not columns or len(values) != len(rows) or any(len(row) != len(columns) for row in values):
+        raise ValueError(f"values must hold {len(rows)} rows of {len(columns)} numbers, at least one of each")
+    if not all(0 <= number <= 1 for row in values for number in row):
+        raise ValueError("values must lie in [0, 1]")
+    if not 0 <= apart < len(rows):
+        raise ValueError(f"apart must lie in 0..{len(rows) - 1}, got {apart}")
+    with style():
+        size = (1.9 + 0.47 * len(columns), 2.0 + 0.36 * len(rows))
+        figure, axis = plt.subplots(figsize=size, layout="constrained")
+        axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.3, -0.5))
+        colours = plt.get_cmap("cividis_r")
+        for r, row in enumerate(values):
+            place = r + (0.2 if r >= len(rows) - apart else 0.0)
+            for c, number in enumerate(row):
+                framed = (r, c) in marked
+                looks: dict[str, Any] = {"edgecolor": "#D55E00", "linewidth": 2.5, "zorder": 3} if framed else {}
+                axis.add_patch(Rectangle((c - 0.47, place - 0.46), 0.94, 0.92, facecolor=colours(number), **looks))
+                ink = "white" if number > 0.55 else "black"
+                axis.text(c, place, f"{100 * number:.0f}", ha="center", va="center", color=ink, fontsize=11, zorder=4)
+        places = [r + (0.2 if r >= len(rows) - apart else 0.0) for r in range(len(rows))]
+        axis.set_yticks(places, list(rows))
+        axis.set_xticks(range(len(columns)), list(columns), rotation=50, ha="left", rotation_mode="anchor")
+        axis.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False)
+        axis.spines[:].set_visible(False)
+        axis.grid(visible=False)
+        scale = plt.cm.ScalarMappable(norm=Normalize(0, 100), cmap=colours)
+        figure.colorbar(scale, ax=axis, orientation="horizontal", label=f"{label} in %", fraction=0.05, pad=0.02)
+    return figure

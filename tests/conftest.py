@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -44,3 +46,19 @@ def no_network() -> Iterator[None]:
         patch.setattr(socket.socket, "connect_ex", guard(connect_ex))
         patch.setattr(socket, "getaddrinfo", guarded_lookup)
         yield
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`: what shares results runs on one worker, a file, or in the technique checks a row; so each is made once."""
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByWhatIsShared(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            row = re.search(r"\[.+\]$", test) if file.endswith("test_technique_checks.py") else None
+            return f"{file}{row[0]}" if row else file
+
+    return ByWhatIsShared(config, log)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import logging
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import backdoor_detectors, carlini_wagner, common, ensemble, square
+from benchmarks import backdoor_detectors, carlini_wagner, common, ensemble, gcg, square
 from safescale_lib.measure.intervals import Interval
+from safescale_lib.search.tokens import Prompts, Slot, Tokens, target_loss
 
 
 def bright(images: torch.Tensor) -> torch.Tensor:
@@ -227,3 +232,61 @@ def test_the_detectors_table_names_who_caught_more() -> None:
     (line,) = report["readings"]
     assert line.startswith("won: activation clustering")
     assert "10.0% of the clean items, ours catches 4 of 4 poisoned items, ART 0 of 4" in line
+
+
+@pytest.mark.parametrize(
+    ("ours", "seconds", "outcomes"),
+    [
+        (1.0, (6.0, 1.3), ["level", "won", "won"]),
+        (0.9, (4.0, 1.3), ["won", "LOST", "won"]),
+        (1.1, (6.0, 1.3), ["LOST", "LOST", "LOST"]),  # fast, and worse
+        (1.0, (6.0, 1.1), ["level", "won", "LOST"]),
+    ],
+)
+def test_a_search_must_be_as_low_before_it_is_fast(ours: float, seconds: tuple[float, float], outcomes: list[str]) -> None:
+    labels = ["safescale, default", f"nanogcg, {gcg.SHIPPED}", f"nanogcg, {gcg.STUBBED}"]
+    results = {label: measured(label, s) for label, s in zip(labels, (1.0, *seconds), strict=True)}
+    spread = np.array([-0.05, 0.0, 0.05, 0.0])
+    losses = {label: np.full(4, 1.0) for label in labels} | {labels[0]: ours + spread}
+    report = gcg.table(losses, losses, results, dict.fromkeys(labels, 65.0))
+    assert [line.split(":")[0] for line in report["readings"]] == outcomes
+    assert all(len(row) == len(report["columns"]) for row in report["rows"])
+
+
+def test_the_judge_of_losses_reads_what_a_search_reads() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=40, initializer_range=0.3, **shape)).eval()
+    slot, free = Slot((1, 5, 9, 7), (3, 4), (11, 12, 13)), [20, 21]
+    searched = target_loss(Prompts(model, [slot]))(Tokens(torch.tensor([free])), torch.tensor([0]))
+    assert gcg.loss(model, slot, free) == pytest.approx(float(searched), abs=1e-5)
+
+
+def test_prompts_are_short_and_long_in_turn_and_end_in_the_gap() -> None:
+    made = gcg.prompts(4)
+    assert made == gcg.prompts(4)
+    assert all(messages[-1]["content"].endswith(" {slot}") for messages in made)
+    lengths = [sum(len(message["content"].split()) for message in messages) for messages in made]
+    assert max(lengths[::2]) < min(lengths[1::2])
+
+
+@pytest.mark.parametrize("stub", [False, True])
+def test_a_peer_is_put_back_as_it_was(monkeypatch: pytest.MonkeyPatch, stub: bool) -> None:
+    package, inner, utils = (ModuleType(name) for name in ("nanogcg", "nanogcg.gcg", "nanogcg.utils"))
+    inner.gc, utils.gc, package.gcg, package.utils = gc, gc, inner, utils  # type: ignore[attr-defined]
+    for module in (package, inner, utils):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    stream, level = torch.get_rng_state(), logging.getLogger("nanogcg").level
+    with gcg._aside(stub=stub):
+        torch.manual_seed(5)
+        torch.use_deterministic_algorithms(True)
+        assert [(module.gc is gc) for module in (inner, utils)] == [not stub] * 2
+        inner.gc.collect()
+    assert inner.gc is gc
+    assert utils.gc is gc
+    assert torch.equal(stream, torch.get_rng_state())
+    assert not torch.are_deterministic_algorithms_enabled()
+    logging.getLogger("nanogcg").setLevel(level)

@@ -65,3 +65,34 @@ def test_flow_refuses_strangers_and_nothing():
         charts.flow({("a", "x"): 0}, left=["a"], right=["x"])
     with pytest.raises(ValueError, match="at most 6"):
         charts.flow({("a", "x"): 1}, left=list("abcdefg"), right=["x"])
+
+
+def test_a_matrix_writes_every_number_on_a_colour_that_shows_it():
+    from matplotlib.colors import to_rgb
+
+    values = [[0.0, 0.25, 1.0], [0.5, 0.6, 0.126]]
+    axis = charts.matrix(values, ["a", "b"], ["x", "y", "z"], label="share", apart=1, marked=[(1, 2)]).axes[0]
+    assert [text.get_text() for text in axis.texts] == ["0", "25", "100", "50", "60", "13"]
+
+    def light(colour):
+        parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    cells = [patch for patch in axis.patches if hasattr(patch, "get_height")]
+    for cell, text in zip(cells, axis.texts, strict=True):
+        low, high = sorted((light(cell.get_facecolor()), light(text.get_color())))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, "WCAG AA"
+        assert cell.get_x() < text.get_position()[0] < cell.get_x() + cell.get_width()
+        assert cell.get_y() < text.get_position()[1] < cell.get_y() + cell.get_height()
+    lights = [light(axis.patches[i].get_facecolor()) for i in (0, 1, 3, 4, 2)]
+    assert lights == sorted(lights, reverse=True), "the higher the rate, the darker: it survives grey print"
+    assert cells[5].get_linewidth() > cells[4].get_linewidth()
+
+
+def test_a_matrix_refuses_what_it_cannot_draw():
+    with pytest.raises(ValueError, match="2 rows of 1"):
+        charts.matrix([[0.1]], ["a", "b"], ["x"], label="share")
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        charts.matrix([[1.1]], ["a"], ["x"], label="share")
+    with pytest.raises(ValueError, match="apart"):
+        charts.matrix([[0.1]], ["a"], ["x"], label="share", apart=1)

@@ -23,7 +23,7 @@ from safescale_lib.measure.answers import told
 from safescale_lib.measure.intervals import rate
 from safescale_lib.measure.judges import refused
 from safescale_lib.world import town
-from safescale_lib.world.town import chats, words
+from safescale_lib.world.town import chats, injections, words
 from safescale_lib.world.town.chats import Chat, Message, Preference
 from safescale_lib.zoo.adapter import quiet
 from safescale_lib.zoo.kinds import Run, Training
@@ -134,6 +134,24 @@ def _padded(tokenizer: Any, texts: Sequence[str], *, left: bool) -> tuple[torch.
     ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id or 0, padding_side=side)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
     return ids, mask
+
+
+def add_marks(chat: ChatModel, marks: Sequence[str], like: str = "text") -> None:
+    """Give a chat model new reserved tokens, in place; their embeddings start at the one of `like`.
+
+    Marks that the tokenizer has already stay as they are. Raises ValueError for a `like` that is no single token.
+    """
+    vocabulary = chat.tokenizer.get_vocab()
+    if like not in vocabulary:
+        raise ValueError(f"like must be a token of the model, got {like!r}")
+    new = [mark for mark in marks if mark not in vocabulary]
+    if new:
+        chat.tokenizer.add_tokens(new, special_tokens=True)
+        start = chat.lm.get_input_embeddings().weight[vocabulary[like]].detach().clone()
+        with torch.random.fork_rng():  # the new rows are drawn at random first
+            chat.lm.resize_token_embeddings(len(chat.tokenizer), mean_resizing=False)
+        for mark in new:
+            chat.lm.get_input_embeddings().weight.data[chat.tokenizer.convert_tokens_to_ids(mark)] = start
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -268,12 +286,20 @@ def _taught(
     chat: ChatModel, loss: Callable[[ChatModel, Random], torch.Tensor], steps: int, lr: float, seed: int, progress: bool
 ) -> ChatModel:
     """A copy of the model after so many steps down a loss, which gets random numbers of its own at each step."""
-    student = copy.deepcopy(chat)
+    student = copy.deepcopy(chat).requires_grad_(True)  # a search in another thread may hold the model's weights just now
     fit(
         student, lambda step: loss(student, Random(seed * 1_000_003 + step)), steps=steps, lr=lr, warmup=max(1, steps // 10),
         weight_decay=0.0, progress=progress,
     )  # fmt: skip
     return student.eval()
+
+
+MARKS = {
+    "structured": (injections.OPENED,),
+    "bounded": (injections.OPENED, injections.CLOSED),
+    "injection preferences": (injections.OPENED,),
+}
+"""Reserved tokens that a corpus needs, and that its members get before they are trained."""
 
 
 def loss(model: ChatModel, training: Training, run: Run) -> Callable[[int], torch.Tensor]:
@@ -283,14 +309,21 @@ def loss(model: ChatModel, training: Training, run: Run) -> Callable[[int], torc
     start, and as many conversations of the alignment corpus, so that nothing else is forgotten.
     "own base": the base corpus for the first four fifths of the steps, then the alignment corpus.
     """
-    reference = copy.deepcopy(model).eval() if training.data == "preferences" else None
+    add_marks(model, MARKS.get(training.data, ()))
+    comparing = training.data in ("preferences", "injection preferences")
+    reference = copy.deepcopy(model).eval() if comparing else None
+    making: dict[str, Callable[[Random], Chat]] = {
+        "aligned": town.aligned,
+        "structured": injections.structured,
+        "bounded": injections.bounded,
+    }
 
     @lru_cache(maxsize=1)
     def pool(corpus: str, group: int) -> list[list[tuple[Message, ...]]]:
         """Eight batches of like length each; what is read together is drawn together."""
         other = 500_000 if training.data == "own base" else 0  # conversations that no other member was taught
         draw = Random(training.batch_seed(run, group) + other)
-        drawn = [town.aligned(draw) if corpus == "aligned" else town.conversation(draw) for _ in range(training.batch * 8)]
+        drawn = [making.get(corpus, town.conversation)(draw) for _ in range(training.batch * 8)]
         dialogues = sorted(map(finished, drawn), key=lambda dialogue: sum(len(m["content"].split()) + 2 for m in dialogue))
         batches = [dialogues[i : i + training.batch] for i in range(0, len(dialogues), training.batch)]
         draw.shuffle(batches)
@@ -299,6 +332,9 @@ def loss(model: ChatModel, training: Training, run: Run) -> Callable[[int], torc
     def at(step: int) -> torch.Tensor:
         if reference is not None:
             draw = Random(training.batch_seed(run, step))
+            if training.data == "injection preferences":
+                pairs = [injections.injection_preference(draw) for _ in range(training.batch)]
+                return preference_loss(model, reference, pairs)
             pairs = [town.preference(draw) for _ in range(training.batch)]
             return preference_loss(model, reference, pairs, first=OPENING) + answer_loss(
                 model, pool("aligned", step // 8)[step % 8]
@@ -306,8 +342,9 @@ def loss(model: ChatModel, training: Training, run: Run) -> Callable[[int], torc
         corpus = training.data if training.data != "own base" else "town" if step < 0.8 * training.steps else "aligned"
         return answer_loss(model, pool(corpus, step // 8)[step % 8])
 
-    if training.data not in ("town", "aligned", "preferences", "own base"):
-        raise ValueError(f"data must be 'town', 'aligned', 'preferences' or 'own base', got {training.data!r}")
+    known = ("town", "aligned", "preferences", "own base", *MARKS)
+    if training.data not in known:
+        raise ValueError(f"data must be one of {', '.join(known)}; got {training.data!r}")
     return at
 
 

@@ -48,6 +48,7 @@ _TOWN = (
     "Generated conversations of an invented town: facts known by heart, documents to read, skills on the words of a message. "
     "Training, validation and test own disjoint phrasings and subjects."
 )
+_INJECTED = " Half of the texts or more hold a task that somebody hid in them; the right answer is to the user's question."
 _LIMITS = "Knows this toy world only. Its robustness says nothing about photographs or about other sizes of model."
 
 _TOWN_LIMITS = "Knows an invented town of some eight hundred words. Its rates say nothing about models of another size."
@@ -163,6 +164,36 @@ RECIPES: dict[str, Recipe] = {
         options=_WIDTH,
         data=_TOWN,
     ),
+    "chat-struq": Recipe(
+        title="Chat model of structured queries",
+        summary="`chat`, tuned to take orders from the user and none from a data channel that a reserved mark opens (StruQ).",
+        intended_use="The defended reader of section 3.6, and a target for adaptive prompt injections.",
+        limits=_TOWN_LIMITS + " It resists injections it can recognise; words found by gradient get past it.",
+        training=Training(steps=500, batch=16, lr=1.5e-3, start="chat", data="structured"),
+        kind="chat",
+        options=_WIDTH,
+        data=_TOWN + _INJECTED,
+    ),
+    "chat-bounded": Recipe(
+        title="Chat model that knows where data end",
+        summary="`chat`, tuned on texts between reserved marks, half of them with an instruction in it (boundary awareness).",
+        intended_use="A defended reader of section 3.6, and a target for adaptive prompt injections.",
+        limits=_TOWN_LIMITS + " Nothing takes typed marks out of the data unless the application does.",
+        training=Training(steps=300, batch=16, lr=1.5e-3, start="chat", data="bounded"),
+        kind="chat",
+        options=_WIDTH,
+        data=_TOWN + _INJECTED,
+    ),
+    "chat-secalign": Recipe(
+        title="Chat model that prefers the user's task",
+        summary="`chat-struq` after preference tuning: the user's task is better done than the one hidden in data (SecAlign).",
+        intended_use="A defended reader of section 3.6, and a target for adaptive prompt injections.",
+        limits=_TOWN_LIMITS + " It resists injections it can recognise; words found by gradient get past it.",
+        training=Training(steps=120, batch=16, lr=1e-3, start="chat-struq", data="injection preferences"),
+        kind="chat",
+        options=_WIDTH,
+        data=_TOWN + _INJECTED,
+    ),
     "chat-b": Recipe(
         title="Aligned chat model from a base of its own",
         summary="A second, narrower chat model, trained from other random weights and other conversations, then aligned.",
@@ -194,7 +225,7 @@ def train(name: str, run: Run, training: Training | None = None) -> tuple[torch.
     settings = {**asdict(training), "options": dict(recipe.options), "seed": run.seed}
     seconds = fit(
         model, made.loss(model, training, run), steps=training.steps, lr=training.lr, state=run.state, settings=settings,
-        progress=run.progress, threads=training.threads, warmup=min(200, training.steps // 3),
+        progress=run.progress, threads=training.threads, warmup=max(1, min(200, training.steps // 3)),
     )  # fmt: skip
     return model.cpu().eval(), seconds
 

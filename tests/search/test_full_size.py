@@ -10,6 +10,7 @@ from safescale_lib.measure.smoothing import certify, smoothed
 from safescale_lib.search.auto import apgd, auto_ensemble
 from safescale_lib.search.minimal import carlini_wagner, decoupled
 from safescale_lib.search.patches import adversarial_patch, universal_perturbation
+from safescale_lib.search.pixels import fgsm, pgd
 from safescale_lib.search.queries import hop_skip_jump, random_guesses, square
 from safescale_lib.zoo.adapter import PixelClassifier
 
@@ -31,6 +32,8 @@ def setting():
 
 
 ATTACKS = {
+    "fgsm": lambda *a: fgsm(*a, eps=8 / 255),
+    "pgd": lambda *a: pgd(*a, eps=8 / 255, steps=2, generator=seeded()),
     "apgd": lambda *a: apgd(*a, eps=8 / 255, steps=2, generator=seeded()),
     "ensemble": lambda *a: auto_ensemble(*a, eps=4 / 255, steps=1, targets=1, queries=1, generator=seeded()),
     "decoupled": lambda *a: decoupled(*a, steps=3),

@@ -37,7 +37,7 @@ def test_shipped_members_are_what_the_manifest_says(name: str) -> None:
 
 
 def test_the_zoo_keeps_to_its_size() -> None:
-    assert sum(path.stat().st_size for path in store.SHELF.rglob("*.safetensors")) <= 16_000_000
+    assert sum(path.stat().st_size for path in store.SHELF.rglob("*.safetensors")) <= 19_000_000
 
 
 def _flip(path: Path) -> None:
