@@ -2188,7 +2188,7 @@ claim(
 )
 
 # %% [markdown]
-# Compare the last three rows with the column "without the attack": that is the control of a transfer, and only the universal suffix with *it* would be news. The transfer that the paper found between large
+# The column "without the attack" is the control of a transfer: `chat-b` answers some of these requests anyway, and words that were searched on another model change that little. The transfer that the paper found between large
 # models comes from suffixes trained on several of them at once; these two small models share a tokenizer and a town, and no weights.
 #
 # ### Other searches, same objective
@@ -2710,11 +2710,13 @@ virus_all, harmless_all = (
     for name, hits in together.items()
 )  # fmt: skip
 claim(
-    "rewritten examples that pass the screen erode more than as many harmless ones, over three seeds",
+    "over three seeds, rewritten examples that pass erode more than harmless ones",
     virus_all > harmless_all,
 )
 
 # %% [markdown]
+# The seeds differ, for eight examples are few. Read the mean, not the best row.
+#
 # ### Hijacking the goal
 #
 # The last attack does not want a secret. It wants one fixed reply to *any* prompt, say an advertisement in place of every answer. **POUGH** {cite}`huang2025pough` finds one suffix for all prompts and
