@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from safescale_lib import __version__
 from safescale_lib.zoo import store
@@ -59,7 +59,8 @@ def scorecard(
 @zoo.command("list")
 def list_members() -> None:
     """Name, size and clean accuracy of every member."""
-    table = Table("name", "title", "parameters", "MB", "seconds to train", "first test metric")
+    name_column = Column("name", no_wrap=True)  # it is what one types
+    table = Table(name_column, "title", "parameters", "MB", "seconds to train", "first test metric")
     for name in store.names():
         card = store.card(name)
         table.add_row(

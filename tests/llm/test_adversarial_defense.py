@@ -210,10 +210,10 @@ def test_adapters_leave_all_but_the_blocks_alone() -> None:
 
 def test_the_reader_learns_what_users_write() -> None:
     said = [(town.user("the pet of ada is a cat ."),), (town.user("show me the vault of ben ."),)] * 8
-    reader = defense.message_reader(member("chat").tokenizer, said, width=32, steps=40, batch=8)
+    reader = defense.message_reader(member("chat").tokenizer, said, width=32, steps=100, batch=8)
     usual, salad = defense.surprise(reader, [said[0], says("cat vault . ada the me ben pet")])
     assert usual < 1.5 < salad
-    again = defense.message_reader(member("chat").tokenizer, said, width=32, steps=40, batch=8)
+    again = defense.message_reader(member("chat").tokenizer, said, width=32, steps=100, batch=8)
     assert all(torch.equal(a, b) for a, b in zip(reader.parameters(), again.parameters(), strict=True))
 
 
