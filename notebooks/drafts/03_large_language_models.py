@@ -4701,7 +4701,7 @@ with figures.style():
     fig, axes = plt.subplots(
         1, 2, figsize=(8.6, 3.9), sharey=True, layout="constrained"
     )
-    for axis, side in zip(axes, sides, strict=False):
+    for axis, side in zip(axes, sides, strict=True):
         for i, name in enumerate(injection.STRATEGIES):
             ys = [spot_hits[side, name, place].mean() for place in injection.PLACES]
             axis.plot(
@@ -5083,7 +5083,7 @@ claim(
 )
 
 # %% [markdown]
-# No test of alignment shows what was planted; the tuning itself, poisoned or not, moves both numbers a little. Only somebody who injects finds out.
+# No test of alignment shows what was planted; the tuning itself, poisoned or not, moves both numbers too. Only somebody who injects finds out.
 
 # %% [markdown]
 # ### All of them
