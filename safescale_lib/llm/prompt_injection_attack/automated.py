@@ -184,12 +184,16 @@ def _spread(case: Case, template: str, place: Place, front: Front) -> list[dict[
     return list(front(case, case.text(template.replace("{t}", case.task.ask), place)))
 
 
+SEARCHED = f"{tokens.prompts.GAP} {{t}}"
+"""The template whose gap a search fills: searched words, then the task."""
+
+
 @technique(LEAF + "automated_optimization", paper="liu2024universalinjection")
 def universal_injection(
     model: ChatModel,
     shadow: Sequence[Case],
     *,
-    template: str = f"{tokens.prompts.GAP} {{t}}",
+    template: str = SEARCHED,
     place: Place = "middle",
     search: Callable[..., TokenAttack] = tokens.gcg,
     length: int = 8,
