@@ -243,7 +243,7 @@ class ModelCards(FromData):
         return self.section(
             [nodes.Text(f"{card['title']}: "), nodes.literal("", card["name"])],
             nodes.paragraph("", "", *self.words(card["summary"])),
-            table(f"What {card['name']} measures on test scenes", ("metric", "value", "95 % interval", "n"), measured),
+            table(f"What {card['name']} measures on its test set", ("metric", "value", "95 % interval", "n"), measured),
             table(f"What {card['name']} is, how it was made and what it is for", ("property", "value"), facts, wrap=True),
             name=f"model-{card['name']}",
         )

@@ -188,7 +188,7 @@ RECIPES: dict[str, Recipe] = {
         title="Chat model that prefers the user's task",
         summary="`chat-struq` after preference tuning: the user's task is better done than the one hidden in data (SecAlign).",
         intended_use="A defended reader of section 3.6, and a target for adaptive prompt injections.",
-        limits=_TOWN_LIMITS + " It resists injections it can recognise; words found by gradient get past it.",
+        limits=_TOWN_LIMITS + " It does skills worse than `chat`. No search of ours got words past it, which proves nothing.",
         training=Training(steps=120, batch=16, lr=1e-3, start="chat-struq", data="injection preferences"),
         kind="chat",
         options=_WIDTH,
