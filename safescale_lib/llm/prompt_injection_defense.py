@@ -56,12 +56,12 @@ class Defended:
     """A chat model behind a front end.
 
     model: what answers. render: how the two channels become its messages. check: what is wrong with the two channels, in
-    words; where it finds something the model is not asked and the answer is `BLOCKED`.
+    words, or None; where it finds something the model is not asked and the answer is `BLOCKED`.
     """
 
     model: ChatModel
     render: Render
-    check: Callable[[str, str], Sequence[str]] = lambda question, text: ()
+    check: Callable[[str, str], Sequence[str]] | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -83,7 +83,7 @@ class Defended:
 
     def wrong(self, conversation: Sequence[Message]) -> Sequence[str]:
         """What the check finds in a conversation; nothing where there is no data channel."""
-        if conversation[-1]["role"] != DATA:
+        if self.check is None or conversation[-1]["role"] != DATA:
             return ()
         return self.check(conversation[-2]["content"], conversation[-1]["content"])
 

@@ -27,11 +27,15 @@ EVASION = "llm.jailbreak_attack.harmful_fine_tuning.guardrail_evasion"
 
 @dataclass(frozen=True, eq=False)
 class FineTuned:
-    """A model after an attacker's training. data: the examples. put: how a request is put to it."""
+    """A model after an attacker's training. data: the examples. frame: what requests are put into, or None."""
 
     model: ChatModel
     data: tuple[Chat, ...]
-    put: Callable[[Chat], Chat] = lambda request: request
+    frame: Callable[[Chat], Chat] | None = None
+
+    def put(self, request: Chat) -> Chat:
+        """A request the way it is put to the model."""
+        return self.frame(request) if self.frame else request
 
 
 # --- what erodes an alignment -----------------------------------------------------------------------------------------
