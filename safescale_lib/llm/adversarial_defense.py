@@ -235,12 +235,16 @@ def erase_and_check(model: Responder, harmful: Flag, *, most: int = 8, mode: Mod
 
 
 class _LowRank(torch.nn.Module):
-    """A weight (out, in) plus the product of two thin matrices, zero at the start [zou2024circuitbreakers, by LoRA]."""
+    """A weight (out, in) plus the product of two thin matrices, small but not zero [zou2024circuitbreakers, by LoRA].
+
+    At zero the new states are the old ones, where their cosine is largest and its gradient zero: training would not begin.
+    """
 
     def __init__(self, weight: torch.Tensor, rank: int, generator: torch.Generator) -> None:
         super().__init__()
         self.down = torch.nn.Parameter(torch.randn(rank, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5)
-        self.up = torch.nn.Parameter(weight.new_zeros(weight.shape[0], rank))
+        noise = torch.randn(weight.shape[0], rank, generator=generator)
+        self.up = torch.nn.Parameter(0.3 * float(weight.detach().std()) * noise)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight + self.up @ self.down
@@ -264,9 +268,10 @@ def circuit_breakers(
     *,
     layers: Sequence[int] | None = None,
     reroute: float = 1.0,
+    retain: float = 4.0,
     rank: int = 16,
-    steps: int = 50,
-    lr: float = 3e-3,
+    steps: int = 60,
+    lr: float = 2e-3,
     batch: int = 8,
     seed: int = 0,
     progress: bool = False,
@@ -274,13 +279,16 @@ def circuit_breakers(
     """A copy whose hidden states on harmful answers point away from where they used to [zou2024circuitbreakers, alg. 1].
 
     harmful: restricted requests with the answers that tell; on the answers' tokens, relu(cosine(new, old)) falls at `layers`
-    (indices into the hidden states, default from the middle on). harmless: conversations with their answers, refusals
-    among them; everywhere in them, the distance of new and old states falls, in lengths of the old ones. reroute: weight of
-    the first loss; it moves to the second as in the paper. Low-rank adapters of that rank train and are merged at the end.
-    The model itself is left alone. Raises ValueError for no conversations, a layer that is not there, or a rank below 1.
+    (indices into the hidden states, default the upper half). harmless: conversations with their answers, refusals and
+    look-alikes of the harmful ones among them; everywhere in them, the squared distance of new and old states falls, in
+    lengths of the old ones. reroute, retain: weights of the two losses; over the steps the first goes down by half and the
+    second up by half. The paper begins with the second at 0; in so few steps a model that was pushed away first did not
+    come back. steps: 0 changes nothing. Low-rank adapters of that rank train and are merged at the end. The model itself
+    is left alone.
+    Raises ValueError for no conversations, a layer that is not there, or a rank below 1.
     """
     depth = model.lm.config.num_hidden_layers
-    layers = tuple(range(depth // 2, depth + 1)) if layers is None else tuple(layers)
+    layers = tuple(range((depth + 1) // 2, depth + 1)) if layers is None else tuple(layers)
     if not harmful or not harmless:
         raise ValueError("harmful and harmless must not be empty")
     if not layers or any(not 0 <= layer <= depth for layer in layers):
@@ -288,6 +296,8 @@ def circuit_breakers(
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     student = copy.deepcopy(model)
+    if not steps:
+        return student.requires_grad_(True).eval()
     adapted = _adapted(student.lm, rank, seed)
 
     def states(chat: ChatModel, ids: torch.Tensor) -> torch.Tensor:
@@ -302,9 +312,10 @@ def circuit_breakers(
             old_bad, old_good = states(model, bad), states(model, good)
         new_bad, new_good = states(student, bad), states(student, good)
         turned = F.relu(F.cosine_similarity(new_bad, old_bad, dim=-1))[list(layers)][:, own].mean()
-        kept = ((new_good - old_good).norm(dim=-1) / old_good.norm(dim=-1))[1:, real].mean()  # embeddings do not change
+        moved = (new_good - old_good).norm(dim=-1) / old_good.norm(dim=-1)  # (layers + 1, B, T)
+        kept = moved.square()[1:, real].mean()  # embeddings do not change
         share = step / (2 * steps)
-        total: torch.Tensor = reroute * (1 - share) * turned + share * kept
+        total: torch.Tensor = reroute * (1 - share) * turned + retain * (1 + share) * kept
         return total
 
     fit(student, loss, steps=steps, lr=lr, warmup=max(1, steps // 10), weight_decay=0.0, progress=progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -59,6 +60,31 @@ def frozen(model: Model) -> Iterator[None]:
                 if not held.users:
                     held.restore()
                     del _HELD[id(part)]
+
+
+_OPEN: ContextVar[frozenset[object]] = ContextVar("_OPEN", default=frozenset())
+
+
+@contextmanager
+def hooked(*hooks: tuple[Callable[[Callable[..., Any]], Any], Callable[..., Any]]) -> Iterator[None]:
+    """Inside the block hooks are on, for what the block itself does: a job beside it may share the model and sees nothing.
+
+    hooks: pairs of what registers a hook, such as `layer.register_forward_hook`, and the hook. Jobs that are started inside
+    the block by `side_by_side` belong to it.
+    """
+    block = object()
+
+    def only_here(hook: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given, **named: hook(*given, **named) if block in _OPEN.get() else None
+
+    token = _OPEN.set(_OPEN.get() | {block})
+    handles = [register(only_here(hook)) for register, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        _OPEN.reset(token)
 
 
 def straight_through(model: Model, transform: Callable[[torch.Tensor], torch.Tensor]) -> Model:

@@ -99,14 +99,40 @@ class ChatModel(torch.nn.Module):
         answers = [""] * len(texts)
         for start in range(0, len(texts), batch):
             chosen = order[start : start + batch]
-            ids, mask = self.encode([texts[i] for i in chosen])
-            out = self.lm.generate(
-                input_ids=ids.to(self.lm.device), attention_mask=mask.to(self.lm.device), max_new_tokens=new_tokens,
-                **{"do_sample": False, **options},
-            )  # fmt: skip
-            for i, tokens in zip(chosen, out[:, ids.shape[1] :], strict=True):
+            ids, mask = (part.to(self.lm.device) for part in self.encode([texts[i] for i in chosen]))
+            if options:
+                kept = self.lm.generate(
+                    input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, **{"do_sample": False, **options}
+                )
+                out = kept[:, ids.shape[1] :].tolist()
+            else:
+                out = self._greedy(ids, mask, new_tokens)
+            for i, tokens in zip(chosen, out, strict=True):
                 answers[i] = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return answers
+
+    def _greedy(self, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int) -> list[list[int]]:
+        """The likeliest tokens after each of B prompts (B, T), as `generate` has them; rows that ended leave the batch."""
+        eos = self.lm.generation_config.eos_token_id
+        ends = torch.tensor([] if eos is None else eos, dtype=torch.long).reshape(-1)
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
+        live, written, cache = torch.arange(len(ids)), [list[int]() for _ in ids], None
+        for _ in range(new_tokens):
+            out = self.lm(
+                input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            cache, ids = out.past_key_values, out.logits[:, -1].argmax(-1)  # (b,) of the rows that go on
+            on = ~torch.isin(ids, ends)
+            if not on.all():
+                ids, live, mask, places = ids[on], live[on], mask[on], places[on]
+                cache.batch_select_indices(on.nonzero()[:, 0])
+            for row, token in zip(live.tolist(), ids.tolist(), strict=True):
+                written[row].append(token)
+            if not len(live):
+                break
+            ids, places = ids[:, None], places[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        return written
 
     def log_likelihood(self, texts: Sequence[str], continuations: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of each continuation after its text, and the number of its tokens: (B,) and (B,)."""

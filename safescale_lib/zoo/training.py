@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from pathlib import Path
 from typing import TypeVar
 
@@ -80,10 +81,11 @@ def side_by_side(*jobs: Callable[[], T]) -> list[T]:
 
     On two cores two small models take little more than the time of one; a second torch thread inside one of them
     gains nothing. Each job must own what it changes: train copies, draw from generators of its own. Attacks may share a
-    model that they only read (`frozen`), unless they listen to its inside by hooks.
+    model that they only read (`frozen`) or listen to by hooks of their own (`hooked`).
     """
     with _threads(1), ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda job: job(), jobs))
+        runs = [pool.submit(copy_context().run, job) for job in jobs]  # a job belongs to the blocks it was started in
+        return [run.result() for run in runs]
 
 
 @contextmanager

@@ -221,7 +221,7 @@ def test_rerouting_turns_harmful_states_and_holds_the_others() -> None:
     model, harmful, harmless = tiny(), asking(town.RESTRICTED, 4), asking(town.BENIGN, 2)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     stream = torch.get_rng_state()
-    broken = defense.circuit_breakers(model, harmful, harmless, steps=25, lr=1e-2, batch=4)
+    broken = defense.circuit_breakers(model, harmful, harmless, retain=0.5, steps=25, lr=1e-2, batch=4)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
     assert torch.equal(stream, torch.get_rng_state())
     bad, good = (
@@ -229,7 +229,7 @@ def test_rerouting_turns_harmful_states_and_holds_the_others() -> None:
         for some, part in ((harmful, 0), (harmless, 1))
     )
     assert bad < good - 0.2
-    again = defense.circuit_breakers(model, harmful, harmless, steps=25, lr=1e-2, batch=4)
+    again = defense.circuit_breakers(model, harmful, harmless, retain=0.5, steps=25, lr=1e-2, batch=4)
     assert all(torch.equal(a, b) for a, b in zip(broken.parameters(), again.parameters(), strict=True))
     same = defense.circuit_breakers(model, harmful, harmless, steps=0)
     assert same.state_dict().keys() == before.keys(), "the adapters are merged"

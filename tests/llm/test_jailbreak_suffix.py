@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from random import Random
 from typing import Any
 
@@ -68,18 +68,6 @@ def test_the_gradient_lowers_the_loss_more_than_blind_guesses_of_the_same_number
     assert white.history[-1].mean() < blind.history[-1].mean()
     assert white.cost.backwards > 0
     assert blind.cost.backwards == 0
-
-
-def test_halves_come_back_in_the_order_given() -> None:
-    requests = [*some(), *asking(("code",), n=2)]
-    run: Any = partial(suffix.suffix_attack, member(), steps=1, **SMALL)
-    whole = suffix.in_halves(run, requests, seed=3)
-    for first in (0, 1):
-        part = run(requests[first::2], generator=seeded(6 + first))
-        assert whole.words[first::2] == part.words
-        assert torch.allclose(whole.history[:, first::2][: len(part.history)], part.history)
-    with pytest.raises(ValueError, match="at least two"):
-        suffix.in_halves(run, requests[:1])
 
 
 def test_token_scores_are_the_log_likelihood_in_pieces() -> None:

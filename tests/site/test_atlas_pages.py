@@ -294,7 +294,7 @@ def test_the_link_of_a_card_leads_to_the_very_cell(page: Page, address: str) -> 
     page.goto(f"{address}book/atlas.html#{PATCH}")
     page.locator(f"#{PATCH}").get_by_role("link", name="to the cell").click()
     cell = page.locator(".cell:target")
-    expect(cell).to_be_in_viewport()
+    expect(cell).to_be_in_viewport(timeout=20_000)  # a whole chapter loads first
     assert "Patch-Fool" in cell.inner_text()
 
 

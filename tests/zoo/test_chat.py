@@ -9,6 +9,7 @@ from random import Random
 import pytest
 import torch
 
+from safescale_lib import zoo
 from safescale_lib.search.models import frozen
 from safescale_lib.world import town
 from safescale_lib.zoo import chat as chat_module
@@ -58,6 +59,13 @@ def test_prefill_goes_before_what_is_returned(tiny: ChatModel, some: list[town.C
     assert text.endswith("<assistant> sure , the")
     (whole,) = tiny.complete([text], new_tokens=4)
     assert tiny.respond([some[0].messages], prefill="sure , the", new_tokens=4) == [whole]
+
+
+@pytest.mark.parametrize("new_tokens", [1, 5, 24])
+def test_greedy_answers_are_those_of_generate(some: list[town.Chat], new_tokens: int) -> None:
+    model = zoo.load("chat")  # its answers end at different lengths, an untrained model's never do
+    texts = [model.prompt(chat.messages) for chat in some]
+    assert model.complete(texts, new_tokens=new_tokens) == model.complete(texts, new_tokens=new_tokens, do_sample=False)
 
 
 def test_the_models_own_tokens_are_marked(tiny: ChatModel, some: list[town.Chat]) -> None:

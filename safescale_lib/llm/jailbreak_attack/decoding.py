@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 from typing import Any, Literal, get_args
 
@@ -16,7 +17,7 @@ import torch
 
 from safescale_lib.llm.jailbreak_attack.handcrafted import about, made_up
 from safescale_lib.measure.answers import told
-from safescale_lib.search.models import frozen
+from safescale_lib.search.models import frozen, hooked
 from safescale_lib.survey import technique
 from safescale_lib.world import town
 from safescale_lib.world.town.chats import REFUSALS, Chat, Message
@@ -206,12 +207,9 @@ def refusal_ablated(
     places = layers if edit == "project" else layers[layer - 1 : layer]
     if edit == "project":
         places = [model.lm.get_input_embeddings(), *places]
-    handles = [place.register_forward_hook(hook, prepend=True) for place in places]  # before those that record the states
-    try:
+    # before those that record the states
+    with hooked(*((partial(place.register_forward_hook, prepend=True), hook) for place in places)):
         yield model
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from safescale_lib.search.tokens.prompts import GAP
 from safescale_lib.survey import technique
 from safescale_lib.world.town.chats import Chat, Message
 from safescale_lib.zoo.chat import ChatModel
-from safescale_lib.zoo.training import side_by_side
 
 SUFFIX = "llm.jailbreak_attack.black_box.automated_suffix_optimization"
 HIJACK = "llm.jailbreak_attack.goal_hijacking.universal_hijack_prompt"
@@ -102,34 +101,6 @@ def suffix_attack(
     budget = options.get("steps", options.get("length", 1))  # a search that may not take a step may not win
     asked = replay(model, requests, found.texts, where=where, tries=min(1, budget), meter=meter)
     return SuffixAttack(**vars(asked), words=found.texts, steps=found.steps, history=found.history)
-
-
-def in_halves(attack_on: Callable[..., SuffixAttack], requests: Sequence[Chat], *, seed: int = 0) -> SuffixAttack:
-    """An attack on every second request and one on the others, side by side, as one result in the order given.
-
-    attack_on: (requests, generator=...) -> result; each half gets random numbers of its own, so that it does not matter which
-    of the two is faster. Raises ValueError for fewer than two requests.
-    """
-    if len(requests) < 2:
-        raise ValueError(f"requests must be at least two to be halved, got {len(requests)}")
-    jobs = (partial(attack_on, requests[i::2], generator=torch.Generator().manual_seed(2 * seed + i)) for i in (0, 1))
-    halves = side_by_side(*jobs)
-    where = [*range(0, len(requests), 2), *range(1, len(requests), 2)]
-    order = torch.tensor(where).argsort()
-    most = max(len(half.history) for half in halves)
-    curves = [torch.cat([half.history, half.history[-1:].repeat(most - len(half.history), 1)]) for half in halves]
-
-    def both(name: str) -> tuple[Any, ...]:
-        rows = [*getattr(halves[0], name), *getattr(halves[1], name)]
-        return tuple(rows[i] for i in order.tolist())
-
-    masks = {
-        name: torch.cat([getattr(half, name) for half in halves])[order] for name in ("success", "skipped", "tries", "steps")
-    }
-    return SuffixAttack(
-        attempts=both("attempts"), answers=both("answers"), words=both("words"), history=torch.cat(curves, 1)[:, order],
-        cost=halves[0].cost + halves[1].cost, **masks,
-    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ import torch
 from safescale_lib.measure.detection import threshold_at_fpr
 from safescale_lib.measure.judges import refused
 from safescale_lib.search.asking import Responder
+from safescale_lib.search.models import hooked
 from safescale_lib.survey import technique
 from safescale_lib.world.town.chats import REFUSALS, Chat, Message, assistant, user
 from safescale_lib.zoo.chat import ChatModel
@@ -263,12 +264,8 @@ def altered(lm: Any, changes: Mapping[int, Callable[[torch.Tensor], torch.Tensor
     def hook(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any, Any, Any], Any]:
         return lambda _, __, out: (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
 
-    handles = [layers[number].register_forward_hook(hook(change)) for number, change in changes.items()]
-    try:
+    with hooked(*((layers[number].register_forward_hook, hook(change)) for number, change in changes.items())):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True, eq=False)

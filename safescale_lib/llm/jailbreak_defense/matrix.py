@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from safescale_lib.llm.jailbreak_attack.toolkit import Entry
 from safescale_lib.measure.answers import told
 from safescale_lib.measure.costs import Cost, Meter
 from safescale_lib.search.asking import Responder, send
+from safescale_lib.search.models import hooked
 from safescale_lib.world.town.chats import Chat
+from safescale_lib.zoo.training import side_by_side
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Spent:
 
 @contextmanager
 def spending(*models: torch.nn.Module) -> Iterator[Spent]:
-    """Count what some language models (`ChatModel.lm`) read inside the block, whoever asks them.
+    """Count what some language models (`ChatModel.lm`) read for the block, whoever asks them inside it.
 
     A forward pass over one token goes on with a sequence; one over more begins sequences.
     """
@@ -44,12 +47,8 @@ def spending(*models: torch.nn.Module) -> Iterator[Spent]:
         spent.tokens += rows * length
         spent.queries += rows if length > 1 else 0
 
-    handles = [model.register_forward_pre_hook(note, with_kwargs=True) for model in dict.fromkeys(models)]
-    try:
+    with hooked(*((partial(model.register_forward_pre_hook, with_kwargs=True), note) for model in dict.fromkeys(models))):
         yield spent
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,16 +119,15 @@ def matrix(
     sent = [kept.attempts[i] for kept in bank.values() for i in rows] + [kept.twins[i] for kept in bank.values() for i in rows]
     values = [requests[i].value for i in rows] * len(bank) + [twins[i].value for i in rows] * len(bank)
     needed = torch.stack([kept.attempted[rows] for kept in bank.values()]).numpy()  # (A, n)
-    broken, useful, tokens, costs = [], [], [], []
-    for responder in defenses.values():
+
+    def column(responder: Responder) -> tuple[np.ndarray, int, Cost]:
         meter = Meter()
         with spending(*models) as spent:
-            right = told(send(responder, sent, meter, **options), values).view(2, len(bank), len(rows)).numpy()
-        broken.append(right[0] & needed)
-        useful.append(right[1])
-        tokens.append(spent.tokens)
-        costs.append(meter.cost)
+            answers = send(responder, sent, meter, **options)
+        return told(answers, values).view(2, len(bank), len(rows)).numpy(), spent.tokens, meter.cost
+
+    right, tokens, costs = zip(*side_by_side(*(partial(column, responder) for responder in defenses.values())), strict=True)
+    broken, useful = np.stack(right, axis=2)  # (A, D, n) each
     return Matrix(
-        tuple(bank), tuple(defenses), np.stack(broken, 1), np.stack(useful, 1), np.asarray(needed.any(0)),
-        np.array(tokens), tuple(costs),
+        tuple(bank), tuple(defenses), broken & needed[:, None], useful, np.asarray(needed.any(0)), np.array(tokens), costs,
     )  # fmt: skip

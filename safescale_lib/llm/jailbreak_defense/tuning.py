@@ -18,6 +18,7 @@ import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from safescale_lib.llm.jailbreak_defense.inference import altered, decoder_layers
+from safescale_lib.search.models import hooked
 from safescale_lib.survey import technique
 from safescale_lib.world.town.chats import Chat
 from safescale_lib.zoo.chat import ChatModel, answer_loss, finished
@@ -180,13 +181,8 @@ def harmful_scores(chat: ChatModel, harmful: Sequence[Chat]) -> dict[str, torch.
 
         return note
 
-    handles = [layer.register_forward_pre_hook(noting(name)) for name, layer in layers.items()]
-    try:
-        with torch.no_grad():
-            answer_loss(chat, [finished(conversation) for conversation in harmful])
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), hooked(*((layer.register_forward_pre_hook, noting(name)) for name, layer in layers.items())):
+        answer_loss(chat, [finished(conversation) for conversation in harmful])
     return {f"{name}.weight": layer.weight.detach().abs() * norms[name] for name, layer in layers.items()}  # (out, in)
 
 
