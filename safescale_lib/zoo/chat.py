@@ -272,7 +272,7 @@ def tune(
     seed: int = 0,
     progress: bool = False,
 ) -> ChatModel:
-    """A copy of the model, fine-tuned on some conversations with their answers, `batch` of them a step.
+    """A copy of the model, fine-tuned on some conversations with their answers, `batch` of them a step, or all if fewer.
 
     The model itself is left alone. Raises ValueError for no conversations.
     """
@@ -281,8 +281,7 @@ def tune(
     dialogues = [finished(conversation) for conversation in conversations]
 
     def loss(student: ChatModel, draw: Random) -> torch.Tensor:
-        chosen = draw.sample(dialogues, batch) if len(dialogues) >= batch else draw.choices(dialogues, k=batch)
-        return answer_loss(student, chosen)
+        return answer_loss(student, draw.sample(dialogues, min(batch, len(dialogues))))
 
     return _taught(chat, loss, steps, lr, seed, progress)
 

@@ -1,11 +1,13 @@
-"""`frozen` gives the model back as it was, whatever happened inside."""
+"""Models are given back as they were, whatever happened inside, and hooks act on nobody else's passes."""
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
 import torch
 
-from safescale_lib.search.models import frozen, straight_through
+from safescale_lib.search.models import frozen, hooked, straight_through
+from safescale_lib.zoo.training import side_by_side
 
 
 @pytest.fixture
@@ -99,3 +101,31 @@ def test_straight_through_answers_as_before_and_slopes_as_if_the_transform_were_
     assert torch.equal(found, wanted)
     assert found.abs().min() > 0
     assert torch.autograd.grad(inner(coarse(x))[:, 0].sum(), x)[0].abs().max() == 0  # what it is there to mend
+
+
+def test_hooks_belong_to_the_block_that_set_them():
+    layer, x = torch.nn.Linear(3, 3), torch.ones(1, 3)
+    plain = layer(x)
+
+    def doubled(module, given, out):
+        return 2 * out
+
+    started, leave = Event(), Event()
+
+    def beside():
+        started.set()
+        assert leave.wait(10)
+        return layer(x)
+
+    with ThreadPoolExecutor(1) as pool:
+        neighbour = pool.submit(beside)  # started outside of the block
+        assert started.wait(10)
+        with hooked((layer.register_forward_hook, doubled)):
+            assert torch.equal(layer(x), 2 * plain)
+            assert torch.equal(side_by_side(lambda: layer(x))[0], 2 * plain)  # a job of the block
+            with hooked((layer.register_forward_hook, doubled)):
+                assert torch.equal(layer(x), 4 * plain)
+            leave.set()
+            assert torch.equal(neighbour.result(10), plain)
+    assert torch.equal(layer(x), plain)
+    assert not layer._forward_hooks

@@ -25,6 +25,7 @@ from safescale_lib.search.tokens.prompts import GAP
 from safescale_lib.survey import technique
 from safescale_lib.world.town.chats import Chat, Message
 from safescale_lib.zoo.chat import ChatModel
+from safescale_lib.zoo.training import side_by_side
 
 SUFFIX = "llm.jailbreak_attack.black_box.automated_suffix_optimization"
 HIJACK = "llm.jailbreak_attack.goal_hijacking.universal_hijack_prompt"
@@ -207,21 +208,26 @@ def universal_suffix(
     if not training or restarts < 1:
         raise ValueError(f"training must not be empty and restarts >= 1, got {len(training)} requests, {restarts} restarts")
     slots = [_slot(model, request, compliant_beginning(request), where) for request in training]
-    found = search(
-        model.lm, model.tokenizer, [slots] * restarts, lambda items, _: torch.zeros(len(items), dtype=torch.bool),
-        early_stop=False, generator=generator, **options,
-    )  # fmt: skip
-    return _best_of(model, training, found, where)
+
+    def restart(seed: int) -> TokenAttack:
+        return search(
+            model.lm, model.tokenizer, [slots], lambda items, _: torch.zeros(len(items), dtype=torch.bool),
+            early_stop=False, generator=torch.Generator().manual_seed(seed), **options,
+        )  # fmt: skip
+
+    seeds = torch.randint(2**31, (restarts,), generator=generator).tolist()
+    return _best_of(model, training, side_by_side(*(partial(restart, seed) for seed in seeds)), where)
 
 
-def _best_of(model: ChatModel, training: Sequence[Chat], found: TokenAttack, where: str) -> Universal:
+def _best_of(model: ChatModel, training: Sequence[Chat], runs: Sequence[TokenAttack], where: str) -> Universal:
+    """The best of some searches for one text each, by the share of training requests that it makes tell."""
     values = [request.value for request in training]
     shares = [
-        float(told(send(model, [placed(r, text, where) for r in training]), values).float().mean()) for text in found.texts
+        float(told(send(model, [placed(r, run.texts[0], where) for r in training]), values).float().mean()) for run in runs
     ]
     best = max(range(len(shares)), key=shares.__getitem__)
-    cost = found.cost + Cost(queries=len(training) * len(shares))
-    return Universal(found.texts[best], shares[best], found.history[:, best], cost)
+    cost = sum((run.cost for run in runs), Cost(queries=len(training) * len(shares)))
+    return Universal(runs[best].texts[0], shares[best], runs[best].history[:, 0], cost)
 
 
 # --- templates --------------------------------------------------------------------------------------------------------
@@ -408,7 +414,7 @@ def universal_hijack(
         curves.append(found.history[:, 0])
         _spent(meter, found.cost)
     assert found is not None
-    best = _best_of(model, [wanted[i] for i in chosen], found, where)
+    best = _best_of(model, [wanted[i] for i in chosen], [found], where)
     return replace(best, history=torch.cat(curves), cost=meter.cost)
 
 
