@@ -17,7 +17,7 @@
 # attack adapted to that defense, an exercise. After "The victims" the parts can be read in any order; the defenses of section 3.4 use the attacks
 # of 3.3.
 #
-# **Time and memory:** six to seven minutes and under 3 GB on two CPU cores, offline. You need Python and some PyTorch.
+# **Time and memory:** about seven minutes and under 3 GB on two CPU cores, offline. You need Python and some PyTorch.
 
 # %% [markdown]
 # ## A map of the half-chapter
@@ -1189,7 +1189,7 @@ retained += [
     )
     for _ in range(300)
 ]  # fmt: skip
-broken = guard.circuit_breakers(chat, harmful, retained)
+broken = guard.circuit_breakers(chat, harmful, retained, steps=50)
 
 # %% [markdown]
 # Judge it by the strongest thing this chapter has, the answer begun by the attacker (*prefilling*), by the suffixes that broke `chat`, and by what harmless requests get in the very same
@@ -1682,7 +1682,7 @@ claim(
 
 # %% [markdown]
 # One average would have told you that this model keeps a share of its secrets from an attacker. An attacker who may choose the trick by the kind of secret gets far more. So report
-# attacks by category of harm, and count a request as lost if *any* attack wins it.
+# attacks by category of harm, and count a request as lost if *any* attack wins it. Mind the budget, too: all attacks together are some forty tries, so that even tricks that only stir the words up would add up a little.
 
 # %%
 any_won = np.stack([kept.success.numpy() for kept in bank.values()]).any(0)
@@ -2318,7 +2318,7 @@ sibling_out = {
 Outcomes("Searches for a suffix", [gcg_6, *sibling_out.values()])
 
 # %% [markdown]
-# Scores alone go far on a model this small: with a vocabulary of under a thousand words, random exchanges meet good ones often. On a vocabulary of a hundred thousand the
+# Scores alone go a good part of the way on a model this small: with a vocabulary of under a thousand words, random exchanges meet good ones often. On a vocabulary of a hundred thousand the
 # gradient matters more.
 #
 # ### Templates that stay readable
@@ -2405,8 +2405,8 @@ figures.source(learned.tree_attack)
 
 # %%
 taught, untaught = side_by_side(
-    lambda: learned.train_attacker(base, worked, failed[: len(worked)], steps=70),
-    lambda: learned.train_attacker(base, [*worked, *failed], steps=70),
+    lambda: learned.train_attacker(base, worked, failed[: len(worked)], steps=50),
+    lambda: learned.train_attacker(base, [*worked, *failed], steps=50),
 )
 first_text = asked[0].messages[-1]["content"]
 learned.write(taught, [first_text] * 4, again=False, generator=seeded(1))
@@ -2548,7 +2548,7 @@ figures.show(
 #
 # $$ \log \tilde p(y_t) = \log p_{\text{strong}}(y_t) + \alpha\,\big(\log p_{\text{unsafe}}(y_t) - \log p_{\text{safe}}(y_t)\big) $$
 #
-# For a fair test the weak models must know no secret. We train two tiny ones here, on requests with invented answers.
+# For a fair test the weak models must know no secret. We train two tiny ones here, on requests with invented answers. One pair can be much worse than the next, so there are three.
 
 # %%
 from safescale_lib.llm.jailbreak_attack import decoding
@@ -2693,7 +2693,7 @@ claim(
 
 # %% [markdown]
 # In thirteen large chat models, projecting one direction out of all layers removes refusal almost entirely {cite}`arditi2024refusal`. Here it does not. The figure suggests a reason: to answer, this model needs a state
-# that lies well on the harmless side, and a projection of zero lies between the two. Subtracting the difference carries it there.
+# that lies well on the harmless side, and a projection of zero lies between the two. Subtracting the difference carries it there, at a price: read its utility.
 #
 # ### Fine-tuning away the refusals
 #
@@ -2834,7 +2834,8 @@ claim(
 )
 
 # %% [markdown]
-# The seeds differ, for eight examples are few. Read the mean, not the best row.
+# The seeds differ, for eight examples are few. Read the mean, not the best row. The invented language fails at the screen: its examples are rejected, nothing is learned. Harmless examples that were *chosen* for their gradient
+# pass it, and wear alignment down about as well as rewritten harmful ones.
 #
 # ### Hijacking the goal
 #
@@ -3321,9 +3322,9 @@ claim(
 )
 
 # %% [markdown]
-# Read the three with their utilities. Back-translation costs the twins almost nothing, and loses to a beginning that hides the answer's origin. The round trip
-# washes out whatever the dictionary lacks, phrases of the twins included. The bottleneck drops few words, but the plain request that is left is closer
-# to what alignment has seen; of the three it gave the attack least here, although its search was twice as long.
+# Read the three with their utilities. Back-translation costs the twins little, and loses to a beginning that hides the answer's origin. The round trip
+# washes out whatever the dictionary lacks, phrases of the twins included; a question in ordinary words, asked in a second turn, it lets pass as it is. The bottleneck drops few words, but the plain request that is left is closer
+# to what alignment has seen; it gave no more than the round trip, to a search twice as long.
 
 # %% [markdown]
 # ### Two detectors of the prompt
@@ -3519,7 +3520,7 @@ figures.show(
 )  # fmt: skip
 
 # %% [markdown]
-# The picture shows the way around: an attack that does not stop at the border lies on the plateau, where the slope is small.
+# The picture shows the way around: an attack that does not stop at the border lies on the plateau, where the slope is small. The attack in plain words lies there without having been asked to.
 
 # %%
 CUFF34 = f"{OUT}.refusal_loss_detection"
@@ -3911,7 +3912,7 @@ table(
 
 # %% [markdown]
 # A large model repeats harmless text word for word. This one learned to repeat objects, not sentences, and now and then says something else; so the threshold, for 10 % of the validation
-# answers, must be loose, and the defense misses a part.
+# answers, must be loose, and the defense misses a part. It also spoils many answers to the twins: read the utilities.
 
 # %%
 repeated = side_by_side(
@@ -4522,14 +4523,11 @@ PEARL34 = "llm.jailbreak_defense.robust_training.permutation_robust"
 
 @cache
 def in_every_order(models, rewrite):
-    """Share of twenty twins answered rightly in each of six orders."""
-    sent = [rewrite(c, n) for n in range(6) for c in twins[::3]]
-    values = [
-        c.value for c in twins[::3]
-    ] * 6  # the order's number outside, the twin's inside
-    hits = [
-        told(send(m, sent), values).view(6, -1).all(0) for m in models
-    ]  # (20,) each
+    """Share of twelve twins answered rightly in each of six orders."""
+    sent = [rewrite(c, n) for n in range(6) for c in twins[::5]]
+    values = [c.value for c in twins[::5]] * 6
+    said = side_by_side(*(partial(send, m, sent) for m in models))
+    hits = [told(answers_, values).view(6, -1).all(0) for answers_ in said]
     return float(torch.stack(hits).float().mean())
 
 
@@ -5057,13 +5055,14 @@ verdicts, own_reviews = bad_reviews(60, "test"), bad_reviews(8, "validation")
 # Twelve steps of thirty-two candidates, for either search.
 
 # %%
-deceivers = {
-    name: injection.universal_injection(
-        chat, own_reviews, template=tokens.prompts.GAP, place="end", search=search,
-        steps=12, candidates=32, generator=seeded(1),
+searching = (
+    partial(
+        injection.universal_injection, chat, own_reviews, template=tokens.prompts.GAP,
+        place="end", search=search, steps=12, candidates=32, generator=seeded(1),
     )
-    for name, search in SEARCHES.items()
-}  # fmt: skip
+    for search in SEARCHES.values()
+)  # fmt: skip
+deceivers = dict(zip(SEARCHES, side_by_side(*searching), strict=True))
 
 # %% [markdown]
 # The string was found on eight reviews. Now it goes under sixty that the search never saw.
@@ -5098,13 +5097,15 @@ written = injection.llm_assisted(chat, writer, shadow, rounds=2, generator=seede
 # The fuzzer is run three times, with its guidance and without; of three runs the best counts.
 
 # %%
-runs = {
-    (name, seed): injection.prompt_fuzz(
-        chat, shadow[:8], rounds=20, feedback=name == "guided", seed=seed
+ways_ = [(name, seed) for name in ("guided", "blind") for seed in range(3)]
+fuzzing = (
+    partial(
+        injection.prompt_fuzz, chat, shadow[:8], rounds=20, feedback=name == "guided",
+        seed=seed,
     )
-    for name in ("guided", "blind")
-    for seed in range(3)
-}
+    for name, seed in ways_
+)  # fmt: skip
+runs = dict(zip(ways_, side_by_side(*fuzzing), strict=True))
 
 # %% [markdown]
 # Here is what they wrote, and how often it worked on the attacker's own texts.
@@ -5167,13 +5168,15 @@ claim(
 # %%
 own_secrets = injection.cases(8, "validation", kind="secret")
 banned = sorted({word for query in injection.LEAKS for word in query.split()})
-queries = {
-    name: injection.pleak(
-        chat, own_secrets, search=search, banned=banned, steps=8, candidates=32,
-        generator=seeded(0),
-    ).template
-    for name, search in SEARCHES.items()
-}  # fmt: skip
+searching = (
+    partial(
+        injection.pleak, chat, own_secrets, search=search, banned=banned, steps=8,
+        candidates=32, generator=seeded(0),
+    )
+    for search in SEARCHES.values()
+)  # fmt: skip
+pleaks = side_by_side(*searching)
+queries = {n: found.template for n, found in zip(SEARCHES, pleaks, strict=True)}
 print(queries["GCG"])
 
 # %% [markdown]
@@ -5210,28 +5213,24 @@ claim("the searched query leaks, and more than random ones", leaked[0] > leaked[
 align_draw = Random(1)
 clean_data = [town.aligned(align_draw) for _ in range(200)]
 own = injection.cases(20, "train", question="last")
-aligned_ = {
-    (share, seed): injection.poisoned_align(
-        chat,
-        clean_data,
-        own,
-        share=share,
-        steps=30,
-        batch=8,
-        seed=seed,
-        places=injection.PLACES,
+kinds_ = [(0, 0), (0.1, 0), (0.1, 1), (0.1, 2)]  # share of poison, seed
+tuned_ = side_by_side(
+    *(
+        partial(
+            injection.poisoned_align, chat, clean_data, own, share=share, steps=30,
+            batch=8, seed=seed, places=injection.PLACES,
+        )
+        for share, seed in kinds_
     )
-    for share, seed in ((0, 0), (0.1, 0), (0.1, 1), (0.1, 2))
-}
+)  # fmt: skip
+aligned_ = dict(zip(kinds_, tuned_, strict=True))
 
 # %% [markdown]
 # Try them where no injection by hand got through: in the middle of the text, with the question behind it.
 
 # %%
-obeying = {
-    key: injection.formalised(model, last, place="middle")
-    for key, model in aligned_.items()
-}
+jobs = (partial(injection.formalised, m, last, place="middle") for m in tuned_)
+obeying = dict(zip(kinds_, side_by_side(*jobs), strict=True))
 plain = {
     key: (
         float(right(model, twins).mean()),
@@ -5320,7 +5319,7 @@ Outcomes("Prompt injection attacks", gallery)
 
 
 # %%
-def my_reached(model, messages, payload: str) -> bool:
+def my_reached(model: zoo.chat.ChatModel, messages: list, payload: str) -> bool:
     """Do the payload's tokens stand, in a row, in the prompt that the model reads?"""
     return payload in model.prompt(messages)  # replace this line
 
@@ -5496,7 +5495,7 @@ few_reading = reading[:24]
 
 def by_gradient(defended, steps=12):
     return in_halves(
-        partial(guards.searched, defended, steps=steps, candidates=28), few_reading
+        partial(guards.searched, defended, steps=steps, candidates=24), few_reading
     )
 
 
@@ -5602,7 +5601,7 @@ teach = partial(guards.jatmo, teacher=chat, question=QUESTION, texts=visits)
 # %%
 blank = [guards.untrained(base, seed=seed) for seed in range(3)]
 lessons = [
-    partial(teach, model, steps=120, lr=3e-3, seed=i) for i, model in enumerate(blank)
+    partial(teach, model, steps=100, lr=3e-3, seed=i) for i, model in enumerate(blank)
 ]
 *jatmos, from_base = side_by_side(*lessons, partial(teach, base, steps=40, seed=3))
 print(jatmos[0].prompt(guards.channels(verdicts[0], verdicts[0].text())))
