@@ -5755,7 +5755,7 @@ claim(
 
 # %% [markdown]
 # The typed turn looks exactly like one of the user's, token by token, and yet it does not work: in all the texts this model was tuned on, the order that counted stood *before* the first mark. Do not count on that in a model you did not train; taking typed
-# marks out costs nothing. Of searched words one thing did not come out the same twice: on the first draw of texts they got past the boundary in a third of the cases, on this one in hardly any. With 24 texts and one short
+# marks out costs nothing. Of searched words one thing did not come out the same twice: on the first draw of texts they got past the boundary in a third of the cases, on this one far less often. With 24 texts and one short
 # search for each, read such a number as "this search, this time".
 #
 # SecAlign holds out longest, as its authors report: less than 15 % for optimised strings, a quarter of what StruQ lets through {cite}`chen2025secalign`. Do not read a small number here as a proof. It says that *this* search, with this many steps, ended with nothing or little.
