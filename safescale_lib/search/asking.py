@@ -7,9 +7,8 @@ that need no attack are skipped, an item that is broken is not asked again, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
@@ -17,9 +16,6 @@ from safescale_lib.measure.answers import told
 from safescale_lib.measure.costs import Cost, Meter
 from safescale_lib.measure.criteria import Verdicts
 from safescale_lib.world.town.chats import Chat, Message
-from safescale_lib.zoo.training import side_by_side
-
-Made = TypeVar("Made")
 
 
 class Responder(Protocol):
@@ -106,31 +102,3 @@ def rewritten(request: Chat, change: Callable[[str], str]) -> Attempt:
     """The request with its last message changed."""
     *before, last = request.messages
     return Attempt((*before, {**last, "content": change(last["content"])}))
-
-
-def in_halves(attack_on: Callable[..., Made], items: Sequence[Any], *, seed: int = 0) -> Made:
-    """An attack on every second item and one on the others, side by side, as one result in the order given.
-
-    attack_on: (items, generator=...) -> a dataclass whose fields have one entry an item: tuples and tensors (n,), and
-    histories (steps, n), of which the shorter one goes on level; costs are added. Each half gets random numbers of its
-    own, so that it does not matter which of the two is faster. Raises ValueError for fewer than two items.
-    """
-    if len(items) < 2:
-        raise ValueError(f"items must be at least two to be halved, got {len(items)}")
-    jobs = (partial(attack_on, items[i::2], generator=torch.Generator().manual_seed(2 * seed + i)) for i in (0, 1))
-    halves = side_by_side(*jobs)
-    order = torch.tensor([*range(0, len(items), 2), *range(1, len(items), 2)]).argsort()
-    one: Any = halves[0]
-    return type(halves[0])(**{f.name: _joined(*(getattr(half, f.name) for half in halves), order=order) for f in fields(one)})
-
-
-def _joined(first: Any, second: Any, *, order: torch.Tensor) -> Any:
-    if isinstance(first, Cost):
-        return first + second
-    if not isinstance(first, torch.Tensor):
-        rows = [*first, *second]
-        return tuple(rows[i] for i in order.tolist())
-    if first.ndim == 1:
-        return torch.cat([first, second])[order]
-    most = max(len(first), len(second))
-    return torch.cat([torch.cat([h, h[-1:].expand(most - len(h), -1)]) for h in (first, second)], dim=1)[:, order]

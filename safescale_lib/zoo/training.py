@@ -10,17 +10,21 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from safescale_lib.measure.costs import Cost
 
 T = TypeVar("T")
 
@@ -86,6 +90,34 @@ def side_by_side(*jobs: Callable[[], T]) -> list[T]:
     with _threads(1), ThreadPoolExecutor(2) as pool:
         runs = [pool.submit(copy_context().run, job) for job in jobs]  # a job belongs to the blocks it was started in
         return [run.result() for run in runs]
+
+
+def in_halves(attack_on: Callable[..., T], items: Sequence[Any], *, seed: int = 0) -> T:
+    """An attack on every second item and one on the others, side by side, as one result in the order given.
+
+    attack_on: (items, generator=...) -> a dataclass whose fields have one entry an item: tuples and tensors (n,), and
+    histories (steps, n), of which the shorter one goes on level; costs are added. Each half gets random numbers of its
+    own, so that it does not matter which of the two is faster. Raises ValueError for fewer than two items.
+    """
+    if len(items) < 2:
+        raise ValueError(f"items must be at least two to be halved, got {len(items)}")
+    jobs = (partial(attack_on, items[i::2], generator=torch.Generator().manual_seed(2 * seed + i)) for i in (0, 1))
+    halves = side_by_side(*jobs)
+    order = torch.tensor([*range(0, len(items), 2), *range(1, len(items), 2)]).argsort()
+    one: Any = halves[0]
+    return type(halves[0])(**{f.name: _joined(*(getattr(half, f.name) for half in halves), order=order) for f in fields(one)})
+
+
+def _joined(first: Any, second: Any, *, order: torch.Tensor) -> Any:
+    if isinstance(first, Cost):
+        return first + second
+    if not isinstance(first, torch.Tensor):
+        rows = [*first, *second]
+        return tuple(rows[i] for i in order.tolist())
+    if first.ndim == 1:
+        return torch.cat([first, second])[order]
+    most = max(len(first), len(second))
+    return torch.cat([torch.cat([h, h[-1:].expand(most - len(h), -1)]) for h in (first, second)], dim=1)[:, order]
 
 
 @contextmanager

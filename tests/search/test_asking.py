@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from safescale_lib.measure.costs import Cost, Meter
-from safescale_lib.measure.criteria import Verdicts
-from safescale_lib.search.asking import Attempt, PromptAttack, attack, in_halves, rewritten, send
+from safescale_lib.measure.costs import Meter
+from safescale_lib.search.asking import Attempt, PromptAttack, attack, rewritten, send
 from safescale_lib.world import town
 from safescale_lib.world.town.chats import Message
 
@@ -100,34 +99,3 @@ def test_bad_input_is_named(chats: list[town.Chat]) -> None:
         attack(Keeper(chats), [], begging)
     with pytest.raises(ValueError, match="tries"):
         attack(Keeper(chats), chats, begging, tries=-1)
-
-
-@dataclass(frozen=True, eq=False)
-class Found(Verdicts):
-    """A result with a field of every kind that halves are joined by."""
-
-    words: tuple[str, ...]
-    success: torch.Tensor
-    skipped: torch.Tensor
-    history: torch.Tensor
-    cost: Cost
-
-
-def test_halves_come_back_in_the_order_given() -> None:
-    def search(items: Sequence[int], *, generator: torch.Generator) -> Found:
-        noise = torch.rand(1, generator=generator).item()
-        values = torch.tensor(items)
-        history = values.float() + torch.arange(2 + items[0] % 2)[:, None]  # the halves take different numbers of steps
-        return Found(
-            tuple(f"{item} {noise:.4f}" for item in items), values > 3, values == 0, history, Cost(len(items), 0, 1, 0.0)
-        )
-
-    whole = in_halves(search, list(range(7)), seed=4)
-    draws = [f"{torch.rand(1, generator=torch.Generator().manual_seed(seed)).item():.4f}" for seed in (8, 9)]
-    assert whole.words == tuple(f"{item} {draws[item % 2]}" for item in range(7))
-    assert whole.success.tolist() == [item > 3 for item in range(7)]
-    assert whole.history.shape == (3, 7)
-    assert whole.history[-1].tolist() == [item + (1 if item % 2 == 0 else 2) for item in range(7)]
-    assert (whole.cost.forwards, whole.cost.queries) == (7, 2)
-    with pytest.raises(ValueError, match="at least two"):
-        in_halves(search, [1])

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
+from safescale_lib.measure.costs import Cost
 from safescale_lib.zoo import recipes
-from safescale_lib.zoo.training import fit, side_by_side
+from safescale_lib.zoo.training import fit, in_halves, side_by_side
 
 STEPS = 40
 
@@ -81,6 +84,7 @@ def test_seconds_add_up_and_the_mode_is_kept(tmp_path: Path) -> None:
 TINY = """
 import sys, torch
 from pathlib import Path
+from safescale_lib.measure.costs import Cost
 from safescale_lib.zoo import recipes
 recipes.fit.__kwdefaults__["save_every"] = 0.0
 torch.set_num_threads(1)
@@ -152,3 +156,34 @@ def test_side_by_side_gives_the_same_models_in_order() -> None:
     assert all(map(same, alone, together))
     with pytest.raises(ZeroDivisionError):
         side_by_side(lambda: 1, lambda: 1 // 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A result with a field of every kind that halves are joined by."""
+
+    words: tuple[str, ...]
+    success: torch.Tensor
+    skipped: torch.Tensor
+    history: torch.Tensor
+    cost: Cost
+
+
+def test_halves_come_back_in_the_order_given() -> None:
+    def search(items: Sequence[int], *, generator: torch.Generator) -> Found:
+        noise = torch.rand(1, generator=generator).item()
+        values = torch.tensor(items)
+        history = values.float() + torch.arange(2 + items[0] % 2)[:, None]  # the halves take different numbers of steps
+        return Found(
+            tuple(f"{item} {noise:.4f}" for item in items), values > 3, values == 0, history, Cost(len(items), 0, 1, 0.0)
+        )
+
+    whole = in_halves(search, list(range(7)), seed=4)
+    draws = [f"{torch.rand(1, generator=torch.Generator().manual_seed(seed)).item():.4f}" for seed in (8, 9)]
+    assert whole.words == tuple(f"{item} {draws[item % 2]}" for item in range(7))
+    assert whole.success.tolist() == [item > 3 for item in range(7)]
+    assert whole.history.shape == (3, 7)
+    assert whole.history[-1].tolist() == [item + (1 if item % 2 == 0 else 2) for item in range(7)]
+    assert (whole.cost.forwards, whole.cost.queries) == (7, 2)
+    with pytest.raises(ValueError, match="at least two"):
+        in_halves(search, [1])

@@ -300,10 +300,12 @@ def refusal_suppression(
 
 
 @technique(FAILURE, paper="andriushchenko2024adaptive")
+@technique("llm.jailbreak_attack", paper="andriushchenko2024adaptive")
 def prefilling(model: Responder, requests: Sequence[Chat], *, tries: int = len(PREFILLS), **options: Any) -> PromptAttack:
     """Competing objectives without words: where an interface lets you, begin the answer yourself [andriushchenko2024adaptive].
 
-    Needs a responder whose `prefill` is open to its users. A longer beginning a try.
+    Needs a responder whose `prefill` is open to its users. A longer beginning a try. It is also the section's baseline: what
+    comes out shows what an aligned model still knows.
     """
     return attack(model, requests, prefilled, tries=tries, **options)
 
