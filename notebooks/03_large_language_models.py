@@ -2,7 +2,7 @@
 # # Large Language Models
 #
 # A language model that answers questions has learned everything in its training text, the parts it should keep to itself included.
-# *Alignment* teaches it to refuse {cite}`ouyang2022training,rafailov2023dpo`. It does not teach it to forget. This chapter takes a small chat model that is really aligned,
+# *Alignment* teaches it to refuse {cite}`ouyang2022instructgpt,rafailov2023dpo`. It does not teach it to forget. This chapter takes a small chat model that is really aligned,
 # breaks it in every way the survey lists in its sections 3.1 to 3.6, and defends it in every way the survey lists {cite}`ma2025safety`.
 #
 # **You will learn to**
@@ -2290,7 +2290,8 @@ claim(
 )
 
 # %% [markdown]
-# The column "without the attack" is the control of a transfer: `chat-b` answers some of these requests anyway, and words that were searched on another model change that little. The transfer that the paper found between large
+# The column "without the attack" is the control of a transfer: `chat-b` answers some of these requests anyway, and words that were searched on another model change that little. Read the utility, too: with such words behind them
+# `chat-b` answers fewer than half of the twins. It is as much confused as it is safe. The transfer that the paper found between large
 # models comes from suffixes trained on several of them at once; these two small models share a tokenizer and a town, and no weights.
 #
 # ### Other searches, same objective

@@ -52,6 +52,7 @@ def from_source(script: Path) -> nbformat.NotebookNode:
     """The notebook a percent script describes, without outputs, with ids that depend on position alone."""
     notebook = jupytext.read(script, fmt="py:percent")
     for number, cell in enumerate(notebook.cells):
+        cell["source"] = cell["source"].strip("\n")
         cell["id"] = f"{script.stem.replace('_', '-')[:40]}-{number:03d}"
     notebook.metadata = nbformat.from_dict(
         {

@@ -364,16 +364,33 @@ def link_sources(app: Sphinx, doctree: nodes.document) -> None:
         if name := _printed(block):
             place = block.parent.index(block)
             block["safescale-source"] = name
+            block.rawsource = dedent(block.rawsource)  # a method is printed as it stands in its class
+            block.children = []
+            block += nodes.Text(block.rawsource)
             if app.builder.name in LINKED:
                 block.parent.insert(place, SkipMarker(level="next"))
-            if "._" in name:
-                continue  # private: it has no entry
+            if "._" in name or not _described(name):
+                continue  # private, or a method that does what its protocol says: it has no entry
             heading = block.parent[place - 1]
             link = addnodes.pending_xref(
                 "", heading[0], refdomain="py", reftype="obj", reftarget=name, refexplicit=True, refdoc=app.env.docname
             )
             heading.children = []
             heading += link
+
+
+def _described(name: str) -> bool:
+    """Has what a full name stands for a docstring of its own?"""
+    path = name.split(".")
+    for end in range(len(path), 0, -1):
+        try:
+            found: object = importlib.import_module(".".join(path[:end]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in path[end:]:
+            found = getattr(found, attribute)
+        return bool(found.__doc__)
+    return False
 
 
 def _printed(block: nodes.literal_block) -> str | None:
