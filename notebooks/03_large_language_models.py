@@ -5767,7 +5767,7 @@ claim(
 
 # %% [markdown]
 # The typed turn looks exactly like one of the user's, token by token, and yet it does not work: in all the texts this model was tuned on, the order that counted stood *before* the first mark. Do not count on that in a model you did not train; taking typed
-# marks out costs nothing. Of searched words one thing did not come out the same twice: on the first draw of texts they got past the boundary in a third of the cases, on this one far less often. With 24 texts and one short
+# marks out costs nothing. Of searched words one thing did not come out the same twice: on the first draw of texts they got past the boundary clearly more often than on this one. With 24 texts and one short
 # search for each, read such a number as "this search, this time".
 #
 # SecAlign holds out longest, as its authors report: less than 15 % for optimised strings, a quarter of what StruQ lets through {cite}`chen2025secalign`. Do not read a small number here as a proof. It says that *this* search, with this many steps, ended with nothing or little.
@@ -6087,7 +6087,7 @@ claim(
 # | Secrets are facts, success is a string | Harm is a matter of degree; judges are models, and their errors are part of every rate |
 # | Wrappers and role plays do little, the model takes them for noise | They were the first thing that worked on products, and are the first thing vendors train against {cite}`wei2024jailbroken` |
 # | A suffix takes seconds | Hours on a GPU for one prompt, or one search on small models that transfers {cite}`zou2023gcg` |
-# | Sixteen examples fill the context | Hundreds of examples, and success grows with them {cite}`anil2024manyshot` |
+# | Eight examples are more than the model can use | Hundreds of examples, and success grows with them {cite}`anil2024manyshot` |
 # | Shallow alignment by construction | Shallow alignment found by measurement {cite}`qi2025safety` |
 # | Fine-tuning in seconds undoes it | Ten examples and less than a dollar undid it through a vendor's interface {cite}`qi2023finetuningsafety` |
 # | An injection asks for a word | It asks for mail to be sent: the model has tools (chapter 7 of the survey) |

@@ -173,7 +173,7 @@ def test_printed_sources_lead_to_the_library(pages: Pages) -> None:
     entries = {str(entry["id"]) for page in pages.values() for entry in page.select("dl.py dt.sig[id]")}
     public = {heading.get_text().strip(): heading for heading in named if "._" not in heading.get_text()}
     assert all(heading.select_one(f"a[href*='#{name}']") for name, heading in public.items() if name in entries)
-    assert all(name.endswith(".respond") for name in public.keys() - entries)  # what a protocol asks has no words of its own
+    assert public.keys() - entries <= {"safescale_lib.llm.jailbreak_defense.inference.MovingTarget.respond"}  # has no docstring
     assert sum(len(box.select("a.sphinx-codeautolink-a")) for box in boxes) >= len(boxes)
 
 
