@@ -546,7 +546,10 @@ claim(
 from safescale_lib.search.objectives import margin
 
 strong = dict(steps=25, step_size=2 / 255)
-runs_r = [attack(robust, 1, **strong), attack(robust, 2, objective=margin, **strong)]
+runs_r = side_by_side(
+    partial(attack, robust, 1, **strong),
+    partial(attack, robust, 2, objective=margin, **strong),
+)
 runs_r.append(held["vit-robust"])  # and the plain PGD-20 from above
 survivors = torch.stack([run.survived for run in runs_r]).all(0).numpy()
 spent = runs_r[0].cost + runs_r[1].cost + runs_r[2].cost
@@ -623,7 +626,8 @@ Outcomes("Eight grey levels under the strongest attack so far", white_accs)
 # %%
 squeezed |= dict(technique=ATTACK, against="vfm.vit.adversarial_defense")
 squeezed["method"] = "transfer of PGD-20 from the plain ViT"
-surrogates = [attack(vit, seed, few, early_removal=False) for seed in (0, 1, 2)]
+made_on = partial(attack, vit, images=few, early_removal=False)
+surrogates = side_by_side(*(partial(made_on, seed=seed) for seed in (0, 1, 2)))
 moved = [pixels.replay(coarse, made, few, few_wrong) for made in surrogates]
 transfer_accs = [
     robust_accuracy(a, **squeezed, seed=seed) for seed, a in enumerate(moved)
@@ -875,11 +879,11 @@ figures.source(minimal._shrink_radius)
 
 # %%
 images, wrong_few = part(100)
-adaptive_steps = auto.apgd(
-    vit, images, wrong_few, eps=EPS, steps=20, generator=seeded(0)
+adaptive_steps, nearest = side_by_side(
+    partial(auto.apgd, vit, images, wrong_few, eps=EPS, steps=20, generator=seeded(0)),
+    partial(minimal.carlini_wagner, vit, images, wrong_few),
 )
 apgd_acc = standing(adaptive_steps, "Auto-PGD-20, eps 8/255")
-nearest = minimal.carlini_wagner(vit, images, wrong_few)
 
 # %%
 claim(
@@ -1359,11 +1363,10 @@ sticker, patch_accs = fooled(
 _, lottery = fooled(
     patch_fool, "patch", "the same in a random patch", seeds=(0, 1, 2), by="random"
 )
-_, steepest = fooled(
-    patch_fool, "patch", "the same in the steepest patch", by="gradient"
-)
-_, scribble = fooled(
-    patch_fool, "patch", "random content, best of 20", steps=0, restarts=20
+patched = partial(fooled, patch_fool, "patch")
+(_, steepest), (_, scribble) = side_by_side(
+    partial(patched, "the same in the steepest patch", by="gradient"),
+    partial(patched, "random content, best of 20", steps=0, restarts=20),
 )
 Outcomes("One patch, anything inside", [*patch_accs, *lottery, *steepest, *scribble])
 
@@ -1452,14 +1455,11 @@ claim(
 # %%
 from safescale_lib.vfm.vit import attention_fool
 
-_, corner_accs = fooled(
-    attention_fool, "attention", "Attention-Fool, corner patch", seeds=(0, 1, 2)
-)
-_, corner_pgd = fooled(
-    attention_fool, "attention", "patch PGD, corner", seeds=(0, 1, 2), pull=0.0
-)
-_, corner_noise = fooled(
-    attention_fool, "attention", "random content, best of 20", steps=0, restarts=20
+in_corner, three = partial(fooled, attention_fool, "attention"), (0, 1, 2)
+(_, corner_accs), (_, corner_pgd), (_, corner_noise) = side_by_side(
+    partial(in_corner, "Attention-Fool, corner patch", seeds=three),
+    partial(in_corner, "patch PGD, corner", seeds=three, pull=0.0),
+    partial(in_corner, "random content, best of 20", steps=0, restarts=20),
 )
 
 # %% [markdown]
@@ -1511,11 +1511,10 @@ claim(
 # %%
 from safescale_lib.vfm.vit import patch_removal, token_attack
 
-_, tokens = fooled(
-    token_attack, "token", "token attack, 4 of 16, eps 16/255", tokens=4, **wide
-)
-_, tokens_lot = fooled(
-    token_attack, "token", "4 random tokens, eps 16/255", tokens=4, by="random", **wide
+in_four = partial(fooled, token_attack, "token", tokens=4, **wide)
+(_, tokens), (_, tokens_lot) = side_by_side(
+    partial(in_four, "token attack, 4 of 16, eps 16/255"),
+    partial(in_four, "4 random tokens, eps 16/255", by="random"),
 )
 asked = dict(eps=3.0, queries=120)
 some, some_wrong = few[:50], Misclassified(few_wrong.labels[:50])
@@ -3593,16 +3592,27 @@ claim(
 # embedding, which the tuning never saw. A mask is lost if any of the runs succeeds, the standard one included.
 
 # %%
+from copy import deepcopy
+
 from safescale_lib.zoo.segmenter import mask_objective
 
 lost_robust = MaskLost(sam_robust, spots, truth)
 long = dict(eps=WIDE, steps=20)
+
+
+def struck_robust(attack_on, seed, **more):
+    model, lost = deepcopy((sam_robust, lost_robust))  # a pair of its own
+    return attack_on(model, views, lost, generator=seeded(seed), **more, **long)
+
+
 tries = [
     standard["sam-robust"],
-    pgd(sam_robust, views, lost_robust, objective=mask_objective, generator=seeded(1), **long),
-    attack_sam(sam_robust, views, lost_robust, generator=seeded(2), **long),
-    feature_attack(sam_robust, views, lost_robust, generator=seeded(3), **long),
-]  # fmt: skip
+    *side_by_side(
+        partial(struck_robust, pgd, 1, objective=mask_objective),
+        partial(struck_robust, attack_sam, 2),
+        partial(struck_robust, feature_attack, 3),
+    ),
+]
 
 # %%
 from safescale_lib.measure.costs import Cost
