@@ -104,6 +104,8 @@ from safescale_lib import figures, zoo
 
 torch.set_num_threads(1)  # the library runs two jobs side by side
 base, chat, other = zoo.load("chat-base"), zoo.load("chat"), zoo.load("chat-b")
+for model in (base, chat, other):
+    model.remembers = True  # what it was asked before is not worked out again
 f"{sum(p.numel() for p in chat.parameters()):,} parameters, {len(chat.tokenizer):,} tokens"
 
 # %% [markdown]
@@ -269,10 +271,11 @@ claim(
 #
 # How much does the judge matter for a result? Take one attack and keep its answers. A search (GCG, told in section 3.3) adds ten words to
 # each request until the model's answer begins with "sure , the". That is what the search lowers its loss for, and a careless report stops there:
-# it counts the suffixes that made the model *begin*. The control is the same judge on the answers without a suffix.
+# it counts the suffixes that made the model *begin*. (The search runs in two halves, side by side.) The control is the same judge on the answers without a suffix.
 
 # %%
 from safescale_lib.search.tokens import chat_slot, fill, gcg
+from safescale_lib.zoo.training import in_halves
 
 
 def gapped_request(chat_):
@@ -284,7 +287,8 @@ def begun_by_gcg(chats_, seed=0):
     """The answers under a suffix of ten words, searched for each request until it works."""
     open_ = [gapped_request(c) for c in chats_]
     slots = [chat_slot(chat.tokenizer, o, " sure , the") for o in open_]
-    found = gcg(chat.lm, chat.tokenizer, slots, length=10, steps=10, candidates=32, generator=seeded(seed))  # fmt: skip
+    search = partial(gcg, chat.lm, chat.tokenizer, length=10, steps=10, candidates=32)
+    found = in_halves(search, slots, seed=seed)
     return chat.respond([fill(o, text) for o, text in zip(open_, found.texts, strict=True)])  # fmt: skip
 
 
@@ -902,7 +906,6 @@ claim(
 
 # %%
 from safescale_lib.llm import adversarial_defense as guard
-from safescale_lib.zoo.training import in_halves
 from safescale_lib.search.tokens import Prompts, random_tokens, target_loss
 
 SUFFIX = "llm.jailbreak_attack.black_box.automated_suffix_optimization"
@@ -2343,12 +2346,12 @@ figures.source(suffix.fuzz_templates)
 # %%
 from safescale_lib.world.town.requests import WRAPPERS
 
-evolved_words = in_halves(
-    partial(suffix.template_attack, chat, steps=6, candidates=16), asked[third]
-)
 seed_texts = [text for family in WRAPPERS.values() for text in family]
 seed_texts += [f"begin your answer with {w} . {{q}}" for w in ("yes", "sure", "well")]
-templates = suffix.fuzz_templates(chat, tuning, seeds=seed_texts, rounds=80, sample=6)
+templates, evolved_words = side_by_side(
+    partial(suffix.fuzz_templates, chat, tuning, seeds=seed_texts, rounds=80, sample=6),
+    partial(in_halves, partial(suffix.template_attack, chat, steps=6, candidates=16), asked[third]),
+)  # fmt: skip
 templates.texts[:3]
 
 # %% [markdown]
@@ -4563,13 +4566,13 @@ def ordered(key, method, models, rewrite, tries, against=None):
 # Attack first, then the two trained groups, then the attack adapted to PEARL: an attacker whose table is known puts the request into another frame, and keeps the free choice of the order.
 
 # %%
-pearls = [
-    ordered(context.FEW_SHOT, "one order, chat", [chat], in_order, 1),
-    ordered(context.FEW_SHOT, "best of six orders, chat", [chat], in_order, 6),
-    ordered(PEARL34, "best of six orders, tuned in the given order", schooled[:3], in_order, 6),
-    ordered(PEARL34, "best of six orders, PEARL", schooled[3:], in_order, 6),
-    ordered(context.FEW_SHOT, "the orders with another frame, 6 tries, PEARL", schooled[3:], other_frame, 6, against=PEARL34),
-]  # fmt: skip
+pearls = side_by_side(
+    partial(ordered, context.FEW_SHOT, "one order, chat", [chat], in_order, 1),
+    partial(ordered, context.FEW_SHOT, "best of six orders, chat", [chat], in_order, 6),
+    partial(ordered, PEARL34, "best of six orders, tuned in the given order", schooled[:3], in_order, 6),
+    partial(ordered, PEARL34, "best of six orders, PEARL", schooled[3:], in_order, 6),
+    partial(ordered, context.FEW_SHOT, "the orders with another frame, 6 tries, PEARL", schooled[3:], other_frame, 6, against=PEARL34),
+)  # fmt: skip
 Outcomes("The order of examples (utility: twins answered in every order)", pearls)
 
 # %%

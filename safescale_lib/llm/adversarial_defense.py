@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 from typing import Any, Literal, get_args
 
@@ -37,8 +38,8 @@ from safescale_lib.search.tokens.prompts import GAP, Tokens
 from safescale_lib.survey import technique
 from safescale_lib.world.town import chats
 from safescale_lib.world.town.chats import Chat, Message
-from safescale_lib.zoo.chat import ROLES, ChatModel, finished, labelled
-from safescale_lib.zoo.training import fit
+from safescale_lib.zoo.chat import ROLES, ChatModel, finished, labelled, logits_before
+from safescale_lib.zoo.training import Terms, fit
 
 KEY = "llm.adversarial_defense"
 Conversation = Sequence[Message]
@@ -102,7 +103,7 @@ def message_reader(
     def loss(step: int) -> torch.Tensor:
         chosen = Random(seed * 1_000_003 + step).choices(texts, k=batch)
         ids, users = _users_tokens(reader, chosen)
-        return F.cross_entropy(reader.lm(input_ids=ids).logits[:, :-1][users[:, 1:]], ids[users])
+        return F.cross_entropy(logits_before(reader.lm, ids, users), ids[users])
 
     fit(reader, loss, steps=steps, lr=3e-3, warmup=max(1, steps // 10), weight_decay=0.0, progress=False)
     return reader.eval()
@@ -303,20 +304,27 @@ def circuit_breakers(
     def states(chat: ChatModel, ids: torch.Tensor) -> torch.Tensor:
         return torch.stack(chat.lm(input_ids=ids, output_hidden_states=True).hidden_states)  # (layers + 1, B, T, d)
 
-    def loss(step: int) -> torch.Tensor:
-        draw = Random(seed * 1_000_003 + step)
+    def both(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad(), frozen(model.lm):
+            old = states(model, ids)
+        return states(student, ids), old
+
+    def turned(bad: torch.Tensor, own: torch.Tensor, weight: float) -> torch.Tensor:
+        similar = F.cosine_similarity(*both(bad), dim=-1)[list(layers)]  # (layers, B, T)
+        return weight * F.relu(similar)[:, own].mean()
+
+    def moved(good: torch.Tensor, weight: float) -> torch.Tensor:
+        new, old = both(good)
+        away = (new - old).norm(dim=-1) / old.norm(dim=-1)  # (layers + 1, B, T)
+        real = good != (student.tokenizer.pad_token_id or 0)
+        total: torch.Tensor = weight * away.square()[1:, real].mean()  # embeddings do not change
+        return total
+
+    def loss(step: int) -> Terms:
+        draw, share = Random(seed * 1_000_003 + step), step / (2 * steps)
         bad, own = labelled(student, [finished(chat) for chat in draw.choices(harmful, k=batch)])
         good, _ = labelled(student, [finished(chat) for chat in draw.choices(harmless, k=2 * batch)])
-        real = good != (student.tokenizer.pad_token_id or 0)
-        with torch.no_grad(), frozen(model.lm):
-            old_bad, old_good = states(model, bad), states(model, good)
-        new_bad, new_good = states(student, bad), states(student, good)
-        turned = F.relu(F.cosine_similarity(new_bad, old_bad, dim=-1))[list(layers)][:, own].mean()
-        moved = (new_good - old_good).norm(dim=-1) / old_good.norm(dim=-1)  # (layers + 1, B, T)
-        kept = moved.square()[1:, real].mean()  # embeddings do not change
-        share = step / (2 * steps)
-        total: torch.Tensor = reroute * (1 - share) * turned + retain * (1 + share) * kept
-        return total
+        return [partial(turned, bad, own, reroute * (1 - share)), partial(moved, good, retain * (1 + share))]
 
     fit(student, loss, steps=steps, lr=lr, warmup=max(1, steps // 10), weight_decay=0.0, progress=progress)
     for layer in adapted:

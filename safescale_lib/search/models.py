@@ -87,6 +87,11 @@ def hooked(*hooks: tuple[Callable[[Callable[..., Any]], Any], Callable[..., Any]
         _OPEN.reset(token)
 
 
+def within_hooks() -> bool:
+    """Whether this code stands in a block of `hooked`: a model may answer otherwise than it would alone."""
+    return bool(_OPEN.get())
+
+
 def straight_through(model: Model, transform: Callable[[torch.Tensor], torch.Tensor]) -> Model:
     """The model behind a transform whose gradient is useless: backwards, the transform counts as the identity.
 

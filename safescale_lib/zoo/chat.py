@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from os import PathLike
 from pathlib import Path
 from random import Random
@@ -22,15 +23,19 @@ from torch.nn.utils.rnn import pad_sequence
 from safescale_lib.measure.answers import told
 from safescale_lib.measure.intervals import rate
 from safescale_lib.measure.judges import refused
+from safescale_lib.search.models import within_hooks
 from safescale_lib.world import town
 from safescale_lib.world.town import chats, injections, words
 from safescale_lib.world.town.chats import Chat, Message, Preference
+from safescale_lib.zoo import memory
 from safescale_lib.zoo.adapter import quiet
 from safescale_lib.zoo.kinds import Run, Training
-from safescale_lib.zoo.training import fit
+from safescale_lib.zoo.training import Terms, fit, side_by_side
 
 PIPELINE_TAG = "text-generation"
 
+HALVED = 16  # fewer texts are read in one batch
+WORTH_HALVING = 512  # tokens of a training batch, padding included; in a smaller one a second pass costs more than it saves
 ROLES = ("system", "user", "assistant")
 OPENING = 1
 """So many tokens of an answer the zoo's preference training looks at: the first word decides whether it is a refusal.
@@ -49,8 +54,12 @@ TEMPLATE = (
 class ChatModel(torch.nn.Module):
     """A causal language model, its tokenizer and the ways to talk to it in batches.
 
-    lm: any `transformers` causal language model. tokenizer: its tokenizer, with a chat template.
+    lm: any `transformers` causal language model. tokenizer: its tokenizer, with a chat template. remembers: keep greedy
+    answers, so that what these same weights were asked before is not worked out again; copies of the model do so too.
+    Set it where nothing but `search.models.hooked` listens to the model: other hooks would not see what is remembered.
     """
+
+    remembers = False
 
     def __init__(self, lm: Any, tokenizer: Any) -> None:
         super().__init__()
@@ -75,7 +84,7 @@ class ChatModel(torch.nn.Module):
         *,
         prefill: str | Sequence[str] = "",
         new_tokens: int = 24,
-        batch: int = 128,
+        batch: int = 64,
         **options: Any,
     ) -> list[str]:
         """The model's answers to B conversations, greedy unless options say otherwise.
@@ -91,25 +100,51 @@ class ChatModel(torch.nn.Module):
         texts = [self.prompt(messages, start) for messages, start in zip(conversations, starts, strict=True)]
         return self.complete(texts, new_tokens=new_tokens, batch=batch, **options)
 
-    @torch.inference_mode()
-    def complete(self, texts: Sequence[str], *, new_tokens: int = 24, batch: int = 128, **options: Any) -> list[str]:
-        """Continuations of B texts, without their special tokens; texts of like length share a batch."""
+    def complete(self, texts: Sequence[str], *, new_tokens: int = 24, batch: int = 64, **options: Any) -> list[str]:
+        """Continuations of B texts, without their special tokens; texts of like length share a batch.
+
+        Greedy ones are worked out once for each different text, and not again while `remembers` is set.
+        """
+        if options:
+            return self._completed(texts, new_tokens, batch, options)
+        keeping = self.remembers and not within_hooks()
+        about = (self._fingerprint(), new_tokens) if keeping else None
+        known: dict[str, Any] = {text: memory.recalled((about, text)) if keeping else None for text in texts}
+        new = [text for text, answer in known.items() if answer is None]
+        known |= dict(zip(new, self._completed(new, new_tokens, batch, {}), strict=True))
+        if keeping:
+            memory.note({(about, text): known[text] for text in new})
+        return [known[text] for text in texts]
+
+    def _fingerprint(self) -> tuple[str, int]:
+        """Which weights answer: the sort of model and a checksum of every bit."""
+        total = 0
+        for weight in self.lm.parameters():
+            total = zlib.crc32(memoryview(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy()), total)
+        return type(self.lm).__name__, total
+
+    def _completed(self, texts: Sequence[str], new_tokens: int, batch: int, options: Mapping[str, Any]) -> list[str]:
+        """Greedy ones in two halves side by side, unless they are part of a job that has a neighbour already."""
         lengths = [len(text) for text in texts]
-        order = sorted(range(len(texts)), key=lengths.__getitem__)
-        answers = [""] * len(texts)
-        for start in range(0, len(texts), batch):
-            chosen = order[start : start + batch]
-            ids, mask = (part.to(self.lm.device) for part in self.encode([texts[i] for i in chosen]))
-            if options:
-                kept = self.lm.generate(
-                    input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, **{"do_sample": False, **options}
-                )
-                out = kept[:, ids.shape[1] :].tolist()
-            else:
-                out = self._greedy(ids, mask, new_tokens)
-            for i, tokens in zip(chosen, out, strict=True):
-                answers[i] = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        order, answers = sorted(range(len(texts)), key=lengths.__getitem__), [""] * len(texts)
+        halved = len(texts) >= HALVED and not options and not memory.beside()
+        size = min(batch, -(-len(texts) // 2)) if halved else batch
+        parts = [order[start : start + size] for start in range(0, len(texts), size)]
+        jobs = [partial(self._continued, [texts[i] for i in part], new_tokens, options) for part in parts]
+        for part, tokens in zip(parts, side_by_side(*jobs) if halved else (job() for job in jobs), strict=True):
+            for i, row in zip(part, tokens, strict=True):
+                answers[i] = self.tokenizer.decode(row, skip_special_tokens=True)
         return answers
+
+    @torch.inference_mode()
+    def _continued(self, texts: Sequence[str], new_tokens: int, options: Mapping[str, Any]) -> list[list[int]]:
+        """The tokens that follow one batch of texts."""
+        ids, mask = (part.to(self.lm.device) for part in self.encode(texts))
+        if not options:
+            return self._greedy(ids, mask, new_tokens)
+        settings: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, **options}
+        written: torch.Tensor = self.lm.generate(input_ids=ids, attention_mask=mask, **settings)
+        return written[:, ids.shape[1] :].tolist()
 
     def _greedy(self, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int) -> list[list[int]]:
         """The likeliest tokens after each of B prompts (B, T), as `generate` has them; rows that ended leave the batch."""
@@ -139,10 +174,10 @@ class ChatModel(torch.nn.Module):
         tails = [len(self.tokenizer(tail, add_special_tokens=False)["input_ids"]) for tail in continuations]
         ids, mask = self.encode([f"{text} {tail}" for text, tail in zip(texts, continuations, strict=True)])
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = self.lm(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, :-1]  # (B, T-1, V)
-        each = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]  # (B, T-1)
-        sizes = torch.tensor(tails)
-        inside = torch.arange(each.shape[1])[None] >= each.shape[1] - sizes[:, None]
+        keep, sizes = max(tails) + 1, torch.tensor(tails)  # the last places only: a head is large
+        logits = self.lm(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep).logits[:, :-1]
+        each = logits.log_softmax(-1).gather(-1, ids[:, ids.shape[1] - logits.shape[1] :, None])[..., 0]  # (B, longest tail)
+        inside = torch.arange(-each.shape[1], 0) >= -sizes[:, None]
         return (each * inside).sum(-1), sizes
 
     def states(self, texts: Sequence[str]) -> torch.Tensor:
@@ -202,10 +237,28 @@ def finished(chat: Chat) -> tuple[Message, ...]:
 def answer_loss(chat: ChatModel, dialogues: Sequence[Sequence[Message]]) -> torch.Tensor:
     """Mean cross-entropy of the model's own turns."""
     ids, own = labelled(chat, dialogues)
-    return F.cross_entropy(_logits_before(chat.lm, ids, own), ids[own])
+    return F.cross_entropy(logits_before(chat.lm, ids, own), ids[own])
 
 
-def _logits_before(lm: Any, ids: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+def answer_terms(chat: ChatModel, dialogues: Sequence[Sequence[Message]]) -> Terms:
+    """`answer_loss` as terms that add up to it: the shorter half of the dialogues and the longer one, unless they are small.
+
+    Halves have less padding to read, and `fit` works them out side by side.
+    """
+    ids, own = labelled(chat, dialogues)
+    length = torch.where(own, torch.arange(ids.shape[1]) + 1, 0).amax(1)  # (B,) what follows the last own token is not read
+    order = length.argsort(stable=True)
+    halves = order.chunk(2 if ids.numel() >= WORTH_HALVING else 1)
+
+    def part(rows: torch.Tensor) -> torch.Tensor:
+        width = int(length[rows].max())
+        some, chosen = ids[rows, :width], own[rows, :width]
+        return F.cross_entropy(logits_before(chat.lm, some, chosen), some[chosen], reduction="sum") / own.sum()
+
+    return [partial(part, rows) for rows in halves]
+
+
+def logits_before(lm: Any, ids: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """(n, V) logits of the n chosen tokens (B, T), none of them first in its row.
 
     A Llama's head reads the chosen places only, a sixth of the training's time less; other heads may do more than multiply.
@@ -258,7 +311,7 @@ def _run_length(own: torch.Tensor) -> torch.Tensor:
 
 def _token_scores(chat: ChatModel, ids: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     """(B, T) log-probability of each token inside the mask, 0 outside."""
-    each = _logits_before(chat.lm, ids, inside).log_softmax(-1).gather(-1, ids[inside][:, None])[:, 0]
+    each = logits_before(chat.lm, ids, inside).log_softmax(-1).gather(-1, ids[inside][:, None])[:, 0]
     return torch.zeros(ids.shape, dtype=each.dtype).masked_scatter(inside, each)
 
 
@@ -280,8 +333,8 @@ def tune(
         raise ValueError("conversations must not be empty")
     dialogues = [finished(conversation) for conversation in conversations]
 
-    def loss(student: ChatModel, draw: Random) -> torch.Tensor:
-        return answer_loss(student, draw.sample(dialogues, min(batch, len(dialogues))))
+    def loss(student: ChatModel, draw: Random) -> Terms:
+        return answer_terms(student, draw.sample(dialogues, min(batch, len(dialogues))))
 
     return _taught(chat, loss, steps, lr, seed, progress)
 
@@ -308,7 +361,7 @@ def prefer(
 
 
 def _taught(
-    chat: ChatModel, loss: Callable[[ChatModel, Random], torch.Tensor], steps: int, lr: float, seed: int, progress: bool
+    chat: ChatModel, loss: Callable[[ChatModel, Random], torch.Tensor | Terms], steps: int, lr: float, seed: int, progress: bool
 ) -> ChatModel:
     """A copy of the model after so many steps down a loss, which gets random numbers of its own at each step."""
     student = copy.deepcopy(chat).requires_grad_(True)  # a search in another thread may hold the model's weights just now

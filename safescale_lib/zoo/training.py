@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import copy_context
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -25,13 +24,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from safescale_lib.measure.costs import Cost
+from safescale_lib.zoo import memory
 
 T = TypeVar("T")
+Terms = Sequence[Callable[[], torch.Tensor]]
+"""A loss as functions that may be worked out at the same time; they are summed."""
 
 
 def fit(
     model: torch.nn.Module,
-    loss: Callable[[int], torch.Tensor],
+    loss: Callable[[int], torch.Tensor | Terms],
     *,
     steps: int,
     lr: float,
@@ -47,10 +49,11 @@ def fit(
     """Minimise loss(step) over the model's weights, in place; returns the seconds spent, over all resumed runs.
 
     AdamW, linear warm-up over `warmup` steps, then a cosine to zero, gradient norm clipped at 1.
-    loss: step number -> scalar; everything random in it comes from that number. state: file to resume from and
-    to save to every `save_every` seconds; None keeps nothing. settings: what the run depends on; a state written
-    under other settings is refused with ValueError. threads: of the CPU while it trains; sums differ in their last bit
-    between 1 and 2, and training amplifies that, so the number must not depend on who calls.
+    loss: step number -> scalar; everything random in it comes from that number. Terms that have nothing in common but the
+    weights may come as functions, () -> scalar each, and are worked out side by side; their sum counts.
+    state: file to resume from and to save to every `save_every` seconds; None keeps nothing. settings: what the run depends
+    on; a state written under other settings is refused with ValueError. threads: of the CPU while it trains; sums differ in
+    their last bit between 1 and 2, and training amplifies that, so the number must not depend on who calls.
     """
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     optimizer = torch.optim.AdamW(weights.values(), lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
@@ -66,9 +69,7 @@ def fit(
         for step in range(first, steps):
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            value = loss(step)
-            optimizer.zero_grad()
-            value.backward()  # type: ignore[no-untyped-call]
+            value = _slope(loss(step), weights)
             torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
             optimizer.step()
             bar.update(task, advance=1, loss=value.item())
@@ -80,16 +81,40 @@ def fit(
     return before + time.perf_counter() - begun
 
 
+def _slope(loss: torch.Tensor | Terms, weights: dict[str, torch.nn.Parameter]) -> torch.Tensor:
+    """Give the weights their gradients; returns the loss. Sums go in the order of the terms, however those are run."""
+    if isinstance(loss, torch.Tensor):
+        for weight in weights.values():
+            weight.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    def taken(term: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+        value = term()
+        return value.detach(), torch.autograd.grad(value, list(weights.values()), allow_unused=True)
+
+    jobs = [partial(taken, term) for term in loss]
+    done = [job() for job in jobs] if len(jobs) == 1 or memory.beside() else side_by_side(*jobs)
+    for weight, *parts in zip(weights.values(), *(slopes for _, slopes in done), strict=True):
+        known = [part for part in parts if part is not None]
+        weight.grad = sum(known[1:], start=known[0]) if known else None
+    return torch.stack([value for value, _ in done]).sum()
+
+
 def side_by_side(*jobs: Callable[[], T]) -> list[T]:
     """Run independent trainings or attacks two at a time; returns their results in the order given.
 
     On two cores two small models take little more than the time of one; a second torch thread inside one of them
-    gains nothing. Each job must own what it changes: train copies, draw from generators of its own. Attacks may share a
-    model that they only read (`frozen`) or listen to by hooks of their own (`hooked`).
+    gains nothing. The last job begins first: among attacks the one that adapts takes longest and mostly comes last, and
+    should not be left alone at the end. Each job must own what it changes: train copies, draw from generators of its own.
+    Attacks may share a model that they only read (`frozen`) or listen to by hooks of their own (`hooked`).
     """
+    ready, together = memory.apart(jobs)  # each in a copy of this context: it belongs to the blocks it was started in
     with _threads(1), ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(copy_context().run, job) for job in jobs]  # a job belongs to the blocks it was started in
-        return [run.result() for run in runs]
+        runs = [pool.submit(job) for job in reversed(ready)]
+        results = [run.result() for run in reversed(runs)]
+    together()
+    return results
 
 
 def in_halves(attack_on: Callable[..., T], items: Sequence[Any], *, seed: int = 0) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from random import Random
 
@@ -10,11 +11,22 @@ import pytest
 import torch
 
 from safescale_lib import zoo
-from safescale_lib.search.models import frozen
+from safescale_lib.search.models import frozen, hooked
 from safescale_lib.world import town
 from safescale_lib.zoo import chat as chat_module
-from safescale_lib.zoo.chat import ChatModel, answer_loss, build, finished, labelled, prefer, preference_loss, tune
+from safescale_lib.zoo.chat import (
+    ChatModel,
+    answer_loss,
+    answer_terms,
+    build,
+    finished,
+    labelled,
+    prefer,
+    preference_loss,
+    tune,
+)
 from safescale_lib.zoo.kinds import Run, Training
+from safescale_lib.zoo.training import side_by_side
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 
@@ -66,6 +78,67 @@ def test_greedy_answers_are_those_of_generate(some: list[town.Chat], new_tokens:
     model = zoo.load("chat")  # its answers end at different lengths, an untrained model's never do
     texts = [model.prompt(chat.messages) for chat in some]
     assert model.complete(texts, new_tokens=new_tokens) == model.complete(texts, new_tokens=new_tokens, do_sample=False)
+
+
+def reading(model: ChatModel) -> list[int]:
+    """A list that grows by the rows of each prompt the model reads."""
+    rows: list[int] = []
+
+    def note(_: torch.nn.Module, __: tuple[object, ...], named: dict[str, torch.Tensor]) -> None:
+        rows.extend([len(named["input_ids"])] if named["input_ids"].shape[1] > 1 else [])
+
+    model.lm.register_forward_pre_hook(note, with_kwargs=True)
+    return rows
+
+
+def test_what_is_asked_twice_at_once_is_read_once(some: list[town.Chat]) -> None:
+    model = build(TINY, seed=5).eval()
+    rows, texts = reading(model), [model.prompt(chat.messages) for chat in some]
+    assert len(set(texts)) == len(texts) == 24
+    once = model.complete(texts, new_tokens=3)
+    assert rows == [12, 12]  # two halves
+    assert model.complete([*texts, *texts[:9]], new_tokens=3) == [*once, *once[:9]]
+    assert rows[2:] == [12, 12]
+    assert side_by_side(lambda: model.complete(texts, new_tokens=3)) == [once]
+    assert rows[4:] == [24]  # no halves beside another job
+
+
+def test_a_model_that_remembers_reads_only_what_is_new(some: list[town.Chat]) -> None:
+    model = build(TINY, seed=6).eval()
+    model.remembers = True
+    rows, texts = reading(model), [model.prompt(chat.messages) for chat in some]
+    first = model.complete(texts[:10], new_tokens=3)
+    assert model.complete(texts, new_tokens=3)[:10] == first
+    assert rows == [10, 14]
+    longer = model.complete(texts[:10], new_tokens=5)
+    assert rows[2:] == [10]
+    assert [answer.split()[:1] for answer in longer] == [answer.split()[:1] for answer in first]
+    assert deepcopy(model).complete(texts[:10], new_tokens=3) == first  # the same weights
+    assert rows[3:] == []
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_other_weights_remember_nothing(some: list[town.Chat], data: bool) -> None:
+    model, texts = build(TINY, seed=7).eval(), [f"<s> <user> {chat.messages[-1]['content']}" for chat in some]
+    model.remembers = True
+    before = model.complete(texts, new_tokens=6)
+    weight = model.lm.model.norm.weight
+    with torch.no_grad():  # once behind the back of autograd
+        (weight.data if data else weight).neg_()
+    after = model.complete(texts, new_tokens=6)
+    model.remembers = False
+    assert after == model.complete(texts, new_tokens=6)
+    assert after != before
+
+
+def test_hooks_are_not_answered_from_memory(some: list[town.Chat]) -> None:
+    model, texts = build(TINY, seed=8).eval(), [f"<s> <user> {chat.messages[-1]['content']}" for chat in some]
+    model.remembers = True
+    before = model.complete(texts, new_tokens=6)
+    with hooked((model.lm.model.layers[0].register_forward_hook, lambda module, given, out: -out)):
+        inside = model.complete(texts, new_tokens=6)
+    assert inside != before
+    assert model.complete(texts, new_tokens=6) == before
 
 
 def test_the_models_own_tokens_are_marked(tiny: ChatModel, some: list[town.Chat]) -> None:
@@ -127,6 +200,17 @@ def test_the_loss_is_the_cross_entropy_of_the_models_own_tokens(tiny: ChatModel,
     fast = answer_loss(tiny, dialogues)
     assert fast.item() == pytest.approx(slow.item(), abs=1e-5)
     torch.testing.assert_close(torch.autograd.grad(fast, weight)[0], expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("count", "terms"), [(2, 1), (24, 2)])
+def test_terms_add_up_to_the_loss(tiny: ChatModel, some: list[town.Chat], count: int, terms: int) -> None:
+    dialogues, weight = [finished(chat) for chat in some[:count]], tiny.lm.get_input_embeddings().weight
+    parts = [part() for part in answer_terms(tiny, dialogues)]
+    whole = answer_loss(tiny, dialogues)
+    assert len(parts) == terms
+    assert sum(parts).item() == pytest.approx(whole.item(), abs=1e-5)
+    slopes = [torch.autograd.grad(value, weight)[0] for value in (sum(parts), whole)]
+    torch.testing.assert_close(*slopes, atol=1e-5, rtol=1e-3)
 
 
 def test_tuning_learns_and_leaves_the_model_alone(tiny: ChatModel, some: list[town.Chat]) -> None:

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,26 @@ def test_a_training_does_not_depend_on_the_callers_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert same(one, two)
+
+
+def test_terms_side_by_side_are_their_sum() -> None:
+    def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.randn(16, 5, generator=torch.Generator().manual_seed(step))
+        return x, (x[:, 0] > 0).long()
+
+    def parts(model: torch.nn.Module, step: int) -> list[Callable[[], torch.Tensor]]:
+        x, y = data(step)
+        first = partial(F.cross_entropy, model[0](x)[:, :3], y)  # does not reach the last layer
+        return [lambda: 0.3 * first(), lambda: F.cross_entropy(model(x), y)]
+
+    settings = {"steps": STEPS, "lr": 0.05, "warmup": 5, "progress": False}
+    whole, apart, nested = build(), build(), build()
+    fit(whole, lambda step: torch.stack([term() for term in parts(whole, step)]).sum(), **settings)  # type: ignore[arg-type]
+    fit(apart, lambda step: parts(apart, step), **settings)  # type: ignore[arg-type]
+    side_by_side(lambda: fit(nested, lambda step: parts(nested, step), **settings))  # type: ignore[arg-type]
+    assert same(apart, nested)
+    for a, b in zip(whole.parameters(), apart.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
 
 
 def test_side_by_side_gives_the_same_models_in_order() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -36,16 +37,19 @@ class Spent:
 def spending(*models: torch.nn.Module) -> Iterator[Spent]:
     """Count what some language models (`ChatModel.lm`) read for the block, whoever asks them inside it.
 
-    A forward pass over one token goes on with a sequence; one over more begins sequences.
+    A forward pass over one token goes on with a sequence; one over more begins sequences. Padding counts for nothing, so
+    that it does not matter which prompts share a batch.
     """
-    spent = Spent()
+    spent, lock = Spent(), Lock()
 
     def note(_: torch.nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         ids = named.get("input_ids", given[0] if given else None)
         ids = named["inputs_embeds"][..., 0] if ids is None else ids
         rows, length = ids.shape
-        spent.tokens += rows * length
-        spent.queries += rows if length > 1 else 0
+        mask = named.get("attention_mask")
+        with lock:
+            spent.tokens += rows * length if mask is None else int(mask[:, -length:].sum())
+            spent.queries += rows if length > 1 else 0
 
     with hooked(*((partial(model.register_forward_pre_hook, with_kwargs=True), note) for model in dict.fromkeys(models))):
         yield spent
