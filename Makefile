@@ -46,14 +46,14 @@ lint: $(VENV)/ready
 
 # One thread a worker: two workers with two threads each would only wait for one another.
 unit: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --ignore=tests/site --ignore=tests/notebooks/test_jupyterlab.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore=tests/site --ignore=tests/notebooks/test_jupyterlab.py
 
 nbval: $(VENV)/ready
 	$(BIN)/python notebooks/build.py --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p tests.nbval_outcomes --nbval-lax --nbval-cell-timeout=240 -n 2 --dist loadfile notebooks
 
 site-test: $(SITE)/index.html
-	SAFESCALE_SITE=$(SITE) $(BIN)/python -m pytest -q -n 2 tests/site
+	SAFESCALE_SITE=$(SITE) $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/site
 
 # A chapter in a real JupyterLab: as long as the chapter, so no other test runs beside it.
 lab-test: $(VENV)/ready

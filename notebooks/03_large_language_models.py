@@ -3541,8 +3541,8 @@ cuffing = side_by_side(
         partial(friendly, CUFF34, guards["gradient cuff"], a)
         for a in (by_suffix, by_words)
     ),
-    partial(adaptive, CUFF34, guards["gradient cuff"], "insisting, beyond the border"),
-)
+    partial(adaptive, CUFF34, guards["gradient cuff"], "insisting, beyond the border", steps=12),
+)  # fmt: skip
 Outcomes("Gradient Cuff", cuffing)
 
 # %%
@@ -3574,17 +3574,18 @@ figures.show(
 )  # fmt: skip
 
 # %% [markdown]
-# The same with the attack in plain words, and with what it costs.
+# The same with the attack in plain words, and with what it costs. The worst case counts a request if any of the three got its secret.
 
 # %%
+worst34 = {n: np.any([o.items for o in row], 0).mean() for n, row in named34.items()}
 table(
     "Attack success rates, and twins answered under the adaptive attack's own words",
-    ["defense", by_suffix, by_words, "adaptive", "twins answered"],
+    ["defense", by_suffix, by_words, "adaptive", "worst case", "twins answered"],
     [
-        (name, *(f"{o.value:.2f}" for o in row), f"{row[2].utility:.2f}")
+        (name, *(f"{o.value:.2f}" for o in row), f"{worst34[name]:.2f}", f"{row[2].utility:.2f}")
         for name, row in named34.items()
     ],
-)
+)  # fmt: skip
 
 # %%
 shown34, made34 = (
@@ -3601,7 +3602,8 @@ claim(
 )  # fmt: skip
 
 # %% [markdown]
-# Three lessons. A friendly number near zero says that the attack was not made for the defense, no more. Detectors differ in *what* they see: shape, intention, answer, slope; so their
+# Three lessons. A friendly number near zero says that the attack was not made for the defense, no more; and an attack that was made for it is still one attack, of few steps: where plain
+# words do better, they are the defense's number. Detectors differ in *what* they see: shape, intention, answer, slope; so their
 # misses differ as well, and the next part puts several behind one another. And read the column of the twins: a defense that answers half of the harmless requests
 # has bought its number.
 #
