@@ -103,16 +103,16 @@ class ChatModel(torch.nn.Module):
     def complete(self, texts: Sequence[str], *, new_tokens: int = 24, batch: int = 64, **options: Any) -> list[str]:
         """Continuations of B texts, without their special tokens; texts of like length share a batch.
 
-        Greedy ones are worked out once for each different text, and not again while `remembers` is set.
+        Greedy ones are worked out once for each different text, and not again while `remembers` is set. Within
+        `search.models.hooked` each is read, for what listens may change the answers or count them.
         """
-        if options:
+        if options or within_hooks():
             return self._completed(texts, new_tokens, batch, options)
-        keeping = self.remembers and not within_hooks()
-        about = (self._fingerprint(), new_tokens) if keeping else None
-        known: dict[str, Any] = {text: memory.recalled((about, text)) if keeping else None for text in texts}
+        about = (self._fingerprint(), new_tokens) if self.remembers else None
+        known: dict[str, Any] = {text: memory.recalled((about, text)) if about else None for text in texts}
         new = [text for text, answer in known.items() if answer is None]
         known |= dict(zip(new, self._completed(new, new_tokens, batch, {}), strict=True))
-        if keeping:
+        if about:
             memory.note({(about, text): known[text] for text in new})
         return [known[text] for text in texts]
 

@@ -81,6 +81,9 @@ def test_spending_counts_what_the_model_reads():
     words = int(model.encode([model.prompt(chat) for chat in CHATS])[1].sum())  # padding is not read
     assert spent.queries == 3
     assert spent.tokens == words + 3 * 3  # the last of four words is written, not read
+    with matrix.spending(model.lm) as twice:
+        model.respond([*CHATS, *CHATS], new_tokens=1)
+    assert (twice.queries, twice.tokens) == (6, 2 * words)  # a price counts every question, also one asked before
     with matrix.spending(model.lm) as idle:
         pass
     assert idle.tokens == 0
