@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
@@ -36,6 +37,8 @@ PIPELINE_TAG = "text-generation"
 
 HALVED = 16  # fewer texts are read in one batch
 WORTH_HALVING = 512  # tokens of a training batch, padding included; in a smaller one a second pass costs more than it saves
+GUESSES = 3  # tokens read ahead of what is written
+FOLLOWS = "follows"
 ROLES = ("system", "user", "assistant")
 OPENING = 1
 """So many tokens of an answer the zoo's preference training looks at: the first word decides whether it is a refusal.
@@ -55,8 +58,9 @@ class ChatModel(torch.nn.Module):
     """A causal language model, its tokenizer and the ways to talk to it in batches.
 
     lm: any `transformers` causal language model. tokenizer: its tokenizer, with a chat template. remembers: keep greedy
-    answers, so that what these same weights were asked before is not worked out again; copies of the model do so too.
-    Set it where nothing but `search.models.hooked` listens to the model: other hooks would not see what is remembered.
+    answers, so that what these same weights were asked before is not worked out again, and read likely words ahead, the
+    same in the end but sooner; copies of the model do so too. Set it where nothing but `search.models.hooked` listens to
+    the model: other hooks would not see what is remembered, and would see what is only guessed.
     """
 
     remembers = False
@@ -84,7 +88,7 @@ class ChatModel(torch.nn.Module):
         *,
         prefill: str | Sequence[str] = "",
         new_tokens: int = 24,
-        batch: int = 64,
+        batch: int = 32,
         **options: Any,
     ) -> list[str]:
         """The model's answers to B conversations, greedy unless options say otherwise.
@@ -100,7 +104,7 @@ class ChatModel(torch.nn.Module):
         texts = [self.prompt(messages, start) for messages, start in zip(conversations, starts, strict=True)]
         return self.complete(texts, new_tokens=new_tokens, batch=batch, **options)
 
-    def complete(self, texts: Sequence[str], *, new_tokens: int = 24, batch: int = 64, **options: Any) -> list[str]:
+    def complete(self, texts: Sequence[str], *, new_tokens: int = 24, batch: int = 32, **options: Any) -> list[str]:
         """Continuations of B texts, without their special tokens; texts of like length share a batch.
 
         Greedy ones are worked out once for each different text, and not again while `remembers` is set. Within
@@ -147,27 +151,45 @@ class ChatModel(torch.nn.Module):
         return written[:, ids.shape[1] :].tolist()
 
     def _greedy(self, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int) -> list[list[int]]:
-        """The likeliest tokens after each of B prompts (B, T), as `generate` has them; rows that ended leave the batch."""
+        """The likeliest tokens after each of B prompts (B, T), as `generate` has them; rows that ended leave the batch.
+
+        A model that remembers guesses a few tokens, reads them along, and keeps them up to the first that is not the
+        likeliest: speculative decoding [leviathan2023speculative]. The others stay in the cache, masked.
+        """
         eos = self.lm.generation_config.eos_token_id
-        ends = torch.tensor([] if eos is None else eos, dtype=torch.long).reshape(-1)
-        places = (mask.cumsum(-1) - 1).clamp(min=0)
-        live, written, cache = torch.arange(len(ids)), [list[int]() for _ in ids], None
-        for _ in range(new_tokens):
+        ends = set[int]() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+        ahead = GUESSES if self.remembers and not within_hooks() else 0
+        limit = int(getattr(self.lm.config, "max_position_embeddings", sys.maxsize))
+        texts = [row[-2:] for row in ids.tolist()]  # the last two tokens and what is written
+        whole = len(texts[0]) + new_tokens
+        live, cache, places = list(range(len(ids))), None, (mask.cumsum(-1) - 1).clamp(min=0)
+        while live:
+            room = min(whole - min(len(texts[i]) for i in live), limit - int(places.max())) - 1
+            k = max(0, min(ahead, room))
+            guesses = ids.new_tensor([_guessed(texts[i], k) for i in live])  # (b, k)
+            ids, mask = torch.cat([ids, guesses], 1), torch.cat([mask, torch.ones_like(guesses)], 1)
+            places = torch.cat([places, places[:, -1:] + torch.arange(1, k + 1, device=ids.device)], 1)
             out = self.lm(
-                input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-            cache, ids = out.past_key_values, out.logits[:, -1].argmax(-1)  # (b,) of the rows that go on
-            on = ~torch.isin(ids, ends)
+                input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True,
+                logits_to_keep=k + 1,
+            )  # fmt: skip
+            cache, likeliest = out.past_key_values, out.logits.argmax(-1)  # (b, k + 1)
+            right = (likeliest[:, :k] == guesses).long().cumprod(1)  # (b, k)
+            kept = right.sum(1)
+            mask[:, mask.shape[1] - k :] = right
+            for i, row, more in zip(live, likeliest.tolist(), kept.tolist(), strict=True):
+                new = row[: more + 1]
+                stop = next((at for at, token in enumerate(new, 1) if token in ends), None)
+                texts[i] = [*texts[i], *new[:stop]][:whole]
+            on = torch.tensor([len(texts[i]) < whole and texts[i][-1] not in ends for i in live], device=ids.device)
+            ids, places = likeliest.gather(1, kept[:, None])[on], (places[:, -1:] + 1 + kept[:, None] - k)[on]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)[on]
             if not on.all():
-                ids, live, mask, places = ids[on], live[on], mask[on], places[on]
+                live = [i for i, goes in zip(live, on.tolist(), strict=True) if goes]
                 cache.batch_select_indices(on.nonzero()[:, 0])
-            for row, token in zip(live.tolist(), ids.tolist(), strict=True):
-                written[row].append(token)
-            if not len(live):
-                break
-            ids, places = ids[:, None], places[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        return written
+        if ahead:
+            memory.note({(FOLLOWS, a, b): c for text in texts for a, b, c in zip(text, text[1:], text[2:], strict=False)})
+        return [[token for token in text[whole - new_tokens :] if token not in ends] for text in texts]
 
     def log_likelihood(self, texts: Sequence[str], continuations: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of each continuation after its text, and the number of its tokens: (B,) and (B,)."""
@@ -186,6 +208,14 @@ class ChatModel(torch.nn.Module):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         out = self.lm(input_ids=ids, attention_mask=mask, position_ids=positions, output_hidden_states=True)
         return torch.stack([layer[:, -1] for layer in out.hidden_states], dim=1)
+
+
+def _guessed(text: list[int], k: int) -> list[int]:
+    """The k tokens that may come next: each the one that last followed the same two, or any."""
+    text = text[-2:]
+    for _ in range(k):
+        text.append(memory.recalled((FOLLOWS, *text[-2:])) or 0)
+    return text[len(text) - k :]
 
 
 def _padded(tokenizer: Any, texts: Sequence[str], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:

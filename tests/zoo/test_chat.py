@@ -14,6 +14,7 @@ from safescale_lib import zoo
 from safescale_lib.search.models import frozen, hooked
 from safescale_lib.world import town
 from safescale_lib.zoo import chat as chat_module
+from safescale_lib.zoo import memory
 from safescale_lib.zoo.chat import (
     ChatModel,
     answer_loss,
@@ -85,7 +86,7 @@ def reading(model: ChatModel) -> list[int]:
     rows: list[int] = []
 
     def note(_: torch.nn.Module, __: tuple[object, ...], named: dict[str, torch.Tensor]) -> None:
-        rows.extend([len(named["input_ids"])] if named["input_ids"].shape[1] > 1 else [])
+        rows.extend([len(named["input_ids"])] if named["past_key_values"] is None else [])
 
     model.lm.register_forward_pre_hook(note, with_kwargs=True)
     return rows
@@ -115,6 +116,40 @@ def test_a_model_that_remembers_reads_only_what_is_new(some: list[town.Chat]) ->
     assert [answer.split()[:1] for answer in longer] == [answer.split()[:1] for answer in first]
     assert deepcopy(model).complete(texts[:10], new_tokens=3) == first  # the same weights
     assert rows[3:] == []
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2, 5, 24])
+def test_guesses_change_no_answer(some: list[town.Chat], new_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_COMMON", {})
+    model = zoo.load("chat")
+    texts, fed = [model.prompt(chat.messages) for chat in some], list[torch.Size]()
+    model.lm.register_forward_pre_hook(lambda _, __, named: fed.append(named["input_ids"].shape), with_kwargs=True)
+    plain = model.complete(texts[:12], new_tokens=new_tokens)
+    steps = len(fed)
+    model.remembers = True
+    model.complete(texts[12:], new_tokens=new_tokens)  # to learn from
+    fed.clear()
+    assert model.complete(texts[:12], new_tokens=new_tokens) == plain
+    assert len(fed) <= steps and (len(fed) < steps or new_tokens < 24)
+    assert all(width <= new_tokens for _, width in fed[1:])  # none is read that could not be kept
+
+
+def test_guesses_stay_within_the_places_a_model_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    monkeypatch.setattr(memory, "_COMMON", {})
+    tokenizer = build(TINY, seed=1).tokenizer
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        lm = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=40, n_embd=16, n_layer=1, n_head=2))
+    model, texts = ChatModel(lm, tokenizer).eval(), [" ".join([word] * 36) for word in ("the", "of", "is")]
+    lm.generation_config.eos_token_id = None
+    written = model._continued(texts, 5, {})  # the last five places there are, for the last token written is not read
+    lm.generation_config.eos_token_id = [row[-1] for row in written]
+    plain = model.complete(texts, new_tokens=9)  # ends before it runs out of places
+    model.remembers = True
+    assert model.complete(texts, new_tokens=10) == plain
+    assert model.complete(texts, new_tokens=9) == plain  # now all is guessed
 
 
 @pytest.mark.parametrize("data", [False, True])
