@@ -38,7 +38,7 @@ PIPELINE_TAG = "text-generation"
 HALVED = 16  # fewer texts are read in one batch
 WORTH_HALVING = 512  # tokens of a training batch, padding included; in a smaller one a second pass costs more than it saves
 GUESSES = 3  # tokens read ahead of what is written
-FOLLOWS = "follows"
+FOLLOWS = "follows"  # notes of which token followed two others, whatever the tokenizer: a wrong guess only costs time
 ROLES = ("system", "user", "assistant")
 OPENING = 1
 """So many tokens of an answer the zoo's preference training looks at: the first word decides whether it is a refusal.
