@@ -152,8 +152,10 @@ def _member(name: str) -> Path:
 
 def _compare(name: str, metrics: list[dict[str, Any]], shipped: list[dict[str, Any]]) -> None:
     table = Table("metric", "measured now", "on the card", title=name)
-    for now, was in zip(metrics, shipped, strict=True):
-        table.add_row(now["metric"], _value(now), _value(was))
+    listed = {row["metric"]: row for row in shipped}
+    for now in metrics:
+        was = listed.get(now["metric"])
+        table.add_row(now["metric"], _value(now), _value(was) if was else "not listed")
     Console().print(table)
 
 

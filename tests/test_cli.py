@@ -52,6 +52,15 @@ def test_verify_measures_again_and_agrees_with_the_card() -> None:
     assert answer.exit_code == 0, answer.output
 
 
+def test_a_metric_that_the_card_lacks_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"metric": "courage", "value": 0.5, "low": 0.4, "high": 0.6, "n": 100}
+    monkeypatch.setattr("safescale_lib.zoo.recipes.measure", lambda name, model: [row])
+    answer = runner.invoke(app, ["zoo", "verify", "vit"])
+    assert answer.exit_code == 1
+    assert "not listed" in answer.output
+    assert "courage is not on the card" in answer.output
+
+
 def test_verify_reports_damage(monkeypatch: pytest.MonkeyPatch) -> None:
     def damaged(name: str) -> None:
         raise store.ZooError(f"{name}: config.json is missing")

@@ -335,10 +335,11 @@ pipeline_tag: {tag}
 
 
 def differences(name: str, measured: list[dict[str, Any]], shipped: list[dict[str, Any]]) -> list[str]:
-    """Metrics whose newly measured value lies outside the shipped 95 % interval, as sentences; empty is good."""
+    """Metrics whose newly measured value lies outside the shipped 95 % interval or has none, as sentences; empty is good."""
     by_name = {row["metric"]: row for row in shipped}
-    return [
+    missing = [f"{name}: {row['metric']} is not on the card" for row in measured if row["metric"] not in by_name]
+    return missing + [
         f"{name}: {row['metric']} is {row['value']:.3f}, outside the card's {was['low']:.3f} to {was['high']:.3f}"
         for row in measured
-        if not (was := by_name[row["metric"]])["low"] <= row["value"] <= was["high"]
+        if (was := by_name.get(row["metric"])) and not was["low"] <= row["value"] <= was["high"]
     ]

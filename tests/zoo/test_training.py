@@ -132,6 +132,7 @@ def test_differences_speak_up_only_outside_the_interval() -> None:
     near, far = ([{**shipped[0], "value": value}] for value in (0.881, 0.8))
     assert recipes.differences("vit", near, shipped) == []
     assert recipes.differences("vit", far, shipped) == ["vit: clean accuracy is 0.800, outside the card's 0.880 to 0.920"]
+    assert recipes.differences("vit", far, []) == ["vit: clean accuracy is not on the card"]
 
 
 def test_a_training_does_not_depend_on_the_callers_threads() -> None:
