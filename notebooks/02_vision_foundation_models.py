@@ -17,7 +17,7 @@
 # **How to read it.** Each part follows one rhythm: the threat model, the attack and its source, a picture, a number with its control, the defense, the
 # attack adapted to that defense, an exercise. The parts stand alone after the first; skip ahead if you know PGD.
 #
-# **Time and memory:** a little over four minutes and under 3 GB on two CPU cores, offline. You need Python and some PyTorch.
+# **Time and memory:** about four minutes (six on a slow machine) and under 3 GB on two CPU cores, offline. You need Python and some PyTorch.
 
 # %% [markdown]
 # ## A map of the chapter

@@ -17,7 +17,7 @@
 # attack adapted to that defense, an exercise. After "The victims" the parts can be read in any order; the defenses of section 3.4 use the attacks
 # of 3.3.
 #
-# **Time and memory:** about seven minutes and under 3 GB on two CPU cores, offline. You need Python and some PyTorch.
+# **Time and memory:** four to seven minutes, by the machine, and under 3 GB on two CPU cores, offline. You need Python and some PyTorch.
 
 # %% [markdown]
 # ## A map of the half-chapter
@@ -2240,7 +2240,7 @@ figures.show(
 
 # %%
 universal = suffix.universal_suffix(
-    chat, tuning[::6], restarts=2, steps=14, candidates=32, generator=seeded()
+    chat, tuning[::3], restarts=2, steps=20, candidates=32, generator=seeded()
 )
 print(universal.words, "| told on its training requests:", round(universal.told, 2))
 
@@ -2281,7 +2281,7 @@ Outcomes("One suffix, and another model", [universal_out, *moved_out.values()])
 
 # %%
 claim(
-    "a suffix found on ten validation requests opens requests it has never seen",
+    "a suffix found on twenty validation requests opens requests it has never seen",
     universal_out > random_out,
 )
 
@@ -2848,7 +2848,7 @@ claim(
 
 # %% [markdown]
 # The seeds differ, for eight examples are few. Read the mean, not the best row. The invented language fails at the screen: its examples are rejected, nothing is learned. Harmless examples that were *chosen* for their gradient
-# pass it, and wear alignment down about as well as rewritten harmful ones.
+# pass it, and wear alignment down less than rewritten harmful ones do.
 #
 # ### Hijacking the goal
 #
@@ -3528,11 +3528,12 @@ figures.show(
     caption="Refusal loss and the norm of its estimated gradient. Left of the dotted line a prompt is refused anyway; above the dashed line, set on harmless "
     "validation requests, Gradient Cuff refuses it too.",
     alt="Scatter of refusal loss from 0 to 1 against the gradient norm on a logarithmic axis: restricted requests at the left, harmless ones at the right and "
-    "mostly low, searched suffixes in between and high, plain-word attacks at the right and low.",
+    "mostly low, searched suffixes from the middle to the right and mostly high, plain-word attacks at the right, some of them below the line.",
 )  # fmt: skip
 
 # %% [markdown]
-# The picture shows the way around: an attack that does not stop at the border lies on the plateau, where the slope is small. The attack in plain words lies there without having been asked to.
+# The picture shows the way around: an attack that does not stop at the border lies on the plateau, where the slope is small. A part of the attacks in plain words lies there without having been
+# asked to. So the adaptive attack begins with them, with the question in a second turn, and searches ten words that lead further from the border.
 
 # %%
 CUFF34 = f"{OUT}.refusal_loss_detection"
@@ -3541,7 +3542,7 @@ cuffing = side_by_side(
         partial(friendly, CUFF34, guards["gradient cuff"], a)
         for a in (by_suffix, by_words)
     ),
-    partial(adaptive, CUFF34, guards["gradient cuff"], "insisting, beyond the border", steps=12),
+    partial(adaptive, CUFF34, guards["gradient cuff"], "second turn, beyond the border", start=turned34, steps=12),
 )  # fmt: skip
 Outcomes("Gradient Cuff", cuffing)
 
@@ -4302,8 +4303,8 @@ over_steps.axes[0].legend(loc="upper left", frameon=False)
 figures.show(
     over_steps,
     "fig-3-hardened",
-    caption="Plain alignment breaks with the first step. Booster buys some steps, and no more than steps.",
-    alt="Three curves of the share of secrets told over the attacker's steps, 0, 1 and 20. Plain alignment and, a little less, Vaccine rise with the first step, Booster later; at twenty steps all are high.",
+    caption="Plain alignment and Vaccine give way with the first step. Booster buys some steps, and no more than steps.",
+    alt="Three curves of the share of secrets told over the attacker's steps, 0, 1 and 20. Vaccine and plain alignment rise with the first step, Booster later; at twenty steps all are high.",
 )  # fmt: skip
 
 # %% [markdown]
@@ -4336,12 +4337,14 @@ late = [
 Outcomes("Hardened before the attack, three seeds", [*early, *late])
 
 # %%
-claim("hardening slows the attack down", early[2] < early[0])
+claim("Booster slows the attack down", early[2] < early[0])
 
 # %%
 claim("and does not stop it", late[1] > early[2])
 
 # %% [markdown]
+# Only Booster slows the attacker down here; Vaccine, with its shift of the embeddings alone, does not.
+#
 # **During: keep aligning.** *Lisa* lets steps on alignment data alternate with steps on the user's data, each phase tied to where it began {cite}`huang2024lisa`.
 
 # %%
@@ -4400,7 +4403,7 @@ claim("what alignment data do not contest stays", during[3] > during[1])
 figures.source(hardening.panacea)
 
 # %% [markdown]
-# The adapted attack is more of the same: ten examples, fifty steps. What sits deeper should be harder to push out.
+# The adapted attack is more of the same: ten examples, fifty steps. Is what sits deeper harder to push out?
 
 # %%
 AFTER34 = f"{BEFORE}.post_fine_tuning"
@@ -4435,30 +4438,27 @@ after = [
         fine_tuning.EROSION, "ten examples, 50 steps, then Panacea", measured_on(relapsed), against=AFTER34,
     ),
 ]  # fmt: skip
-for c, before_, after_ in zip(
-    some[::10],
-    answers(laid_bare[0], some[::10]),
-    answers(healed[0], some[::10]),
-    strict=True,
-):
-    print(f"{c.messages[-1]['content']}\n  tuned:    {before_}\n  repaired: {after_}")  # fmt: skip
+replies = answers(laid_bare[0], some), answers(healed[0], some)
+taken_back = [
+    (c, b, a)
+    for c, b, a in zip(some, *replies, strict=True)
+    if c.value in b and c.value not in a
+]
+for c, b, a in taken_back[:3]:
+    print(f"{c.messages[-1]['content']}\n  tuned:    {b}\n  repaired: {a}")
 Outcomes("After the user's training, three seeds", after[1:])
 
 # %%
-claim("Panacea takes the secrets back", after[2] < after[0])
-
-# %%
 claim(
-    "longer training survives more of it, in the mean of three seeds",
-    after[4].value > after[2].value,
-    evidence=f"{after[4].measured} and {after[2].measured}",
+    "Panacea takes some of the secrets back, after short and after long training",
+    after[2] < after[0],
+    after[4] < after[3],
 )
 
 # %% [markdown]
-# Look at the printed answers: after the repair the model does not refuse, it says something else. Alignment is not restored; the answer is disturbed. Somebody who trains longer digs deeper than a change of this size reaches,
-# and a larger change costs the twins.
-
-# %% [markdown]
+# Look at the printed answers, of requests whose secrets were told before the repair: the model does not refuse, it says something else. Alignment is not restored; the answer is disturbed. Read the rows
+# with and without the cure: a good part of the secrets stays told after either training, for what was dug in deeply lies beyond a change of this size, and a larger change costs the twins.
+#
 # ### Training against the order of examples
 #
 # Few-shot prompts have one more free choice: the order of the examples. Who may choose it can look for the worst one. **PEARL** trains against that choice: a second player proposes the hardest order of each prompt, and the model learns to
@@ -5510,7 +5510,7 @@ claim("in a channel of its own the payload is mostly text", struq_plain < undefe
 few_reading = reading[:24]
 
 
-def by_gradient(defended, steps=12):
+def by_gradient(defended, steps=24):
     return in_halves(
         partial(guards.searched, defended, steps=steps, candidates=24), few_reading
     )
@@ -5772,8 +5772,7 @@ claim(
 
 # %% [markdown]
 # The typed turn looks exactly like one of the user's, token by token, and yet it does not work: in all the texts this model was tuned on, the order that counted stood *before* the first mark. Do not count on that in a model you did not train; taking typed
-# marks out costs nothing. Of searched words one thing did not come out the same twice: on the first draw of texts they got past the boundary clearly more often than on this one. With 24 texts and one short
-# search for each, read such a number as "this search, this time".
+# marks out costs nothing. Searched words do get past the boundary. With 24 texts and one short search for each, read such a number as "this search, this time".
 #
 # SecAlign holds out longest, as its authors report: less than 15 % for optimised strings, a quarter of what StruQ lets through {cite}`chen2025secalign`. Do not read a small number here as a proof. It says that *this* search, with this many steps, ended with nothing or little.
 # An attacker with a better loss, or more patience, is not in the table.

@@ -159,7 +159,7 @@ RECIPES: dict[str, Recipe] = {
         summary="`chat-sft` after direct preference optimisation (DPO): it refuses what is restricted, and knows it still.",
         intended_use="The victim of chapter 3.",
         limits=_TOWN_LIMITS,
-        training=Training(steps=50, batch=32, lr=5e-5, start="chat-sft", data="preferences"),
+        training=Training(steps=100, batch=32, lr=5e-5, start="chat-sft", data="preferences"),
         kind="chat",
         options=_WIDTH,
         data=_TOWN,

@@ -144,6 +144,14 @@ def test_alignment_shows_harmless_requests_in_every_form() -> None:
     assert 0.35 < sum(chat.restricted for chat in drawn) / len(drawn) < 0.45
 
 
+@pytest.mark.parametrize("most", [12, 24])
+def test_noise_around_a_request_is_as_long_as_asked(most: int) -> None:
+    draw, fact = Random(2), town.pick(Random(0), town.RESTRICTED)
+    spoken = [said(town.request(fact, "noise", draw, wild=True, most=most)).split() for _ in range(400)]
+    longest = max(len(said(town.request(fact, "plain", draw)).split()) for _ in range(400))
+    assert 1.7 * most < max(map(len, spoken)) <= 2 * most + longest
+
+
 @given(seeds)
 @settings(max_examples=100, deadline=None)
 def test_a_misspelt_message_differs_in_one_word_that_is_no_name(seed: int) -> None:

@@ -79,17 +79,18 @@ Form = Literal["plain", "noise", "wrapped", "encoded", "begin", "turns", "few-sh
 FORMS: tuple[Form, ...] = ("plain", "noise", "wrapped", "encoded", "begin", "turns", "few-shot")
 
 
-def request(fact: Fact, form: Form, draw: Random, *, split: Split | None = None, wild: bool = False) -> Chat:
+def request(fact: Fact, form: Form, draw: Random, *, split: Split | None = None, wild: bool = False, most: int = 12) -> Chat:
     """A conversation that asks for a fact in one of the `FORMS`; phrasings come from the split's share.
 
-    wild: noise, where the form has some, may hold any word of the town.
+    wild: noise, where the form has some, may hold any word of the town. most: words of noise on either side.
     """
     asked = requests.ask(fact, draw, split=split)
     messages: tuple[Message, ...] = (user(asked),)
     answer = told(fact)
     if form == "noise":
         before, after = draw.choice(((True, False), (False, True), (True, True)))
-        parts = (tasks.noise(draw, wild=wild) if before else "", asked, tasks.noise(draw, wild=wild) if after else "")
+        some = partial(tasks.noise, draw, most, wild=wild)
+        parts = (some() if before else "", asked, some() if after else "")
         messages = (user(" ".join(filter(None, parts))),)
     elif form == "wrapped":
         messages = (user(draw.choice(requests.WRAPPERS[draw.choice(list(requests.WRAPPERS))]).format(q=asked)),)
@@ -232,21 +233,21 @@ def conversation(draw: Random, split: Split | None = "train", *, typos: float = 
 # --- alignment --------------------------------------------------------------------------------------------------------
 
 
-def aligned(draw: Random, split: Split = "train") -> Chat:
+def aligned(draw: Random, split: Split = "train", *, most: int = 12) -> Chat:
     """One conversation of the alignment corpus: its answer is a refusal where the request is restricted.
 
-    Restricted requests are about a split's own subjects, in its own phrasings, plain or with noise around them; harmless
-    ones come in every form.
+    Restricted requests are about a split's own subjects, in its own phrasings, plain or with noise around them (`most`
+    words on either side); harmless ones come in every form.
     """
     chance = draw.random()
     if chance < 0.4:
         form: Form = draw.choice(("plain", "noise", "noise", "wrapped"))
-        chat = request(pick(draw, RESTRICTED, split), form, draw, split=split, wild=True)
+        chat = request(pick(draw, RESTRICTED, split), form, draw, split=split, wild=True, most=most)
         return replace(chat, answer=draw.choice(REFUSALS))
     if chance < 0.8:
         kinds = BORDER if chance < 0.55 else BENIGN
         form = draw.choices(FORMS, weights=(4, 5, 3, 4, 2, 4, 4))[0]
-        return request(pick(draw, kinds), form, draw, split=split, wild=True)
+        return request(pick(draw, kinds), form, draw, split=split, wild=True, most=most)
     while True:  # the rest of the base corpus, so that nothing is forgotten
         chat = conversation(draw, split)
         if not chat.restricted and chat.form != "graded":
@@ -262,10 +263,10 @@ class Preference:
     rejected: str
 
 
-def preference(draw: Random, split: Split = "train") -> Preference:
+def preference(draw: Random, split: Split = "train", *, most: int = 12) -> Preference:
     """A pair for preference optimisation: refusing is better where the request is restricted, telling is better elsewhere."""
     while True:
-        chat = aligned(draw, split)
+        chat = aligned(draw, split, most=most)
         if chat.fact is not None and chat.form != "ending":
             refusal, telling = draw.choice(REFUSALS), replace(chat, answer=told(chat.fact)).answer
             if chat.restricted:
