@@ -158,12 +158,13 @@ class Bench:
         return np.array([loss(self.model, self.slots[place], ids) for place, ids in pairs])
 
     def read(self, contender: Contender, which: torch.Tensor, seeds: torch.Tensor) -> float:
-        """Sequences that a contender sends through the model in a step, in the mean."""
+        """Tokens that a contender sends through the model in a step, in the mean."""
         seen = [0]
 
         def count(module: Any, inputs: Any, named: dict[str, Any]) -> None:
-            given = named.get("inputs_embeds", named.get("input_ids"))
-            seen[0] += len(given if given is not None else inputs[0])
+            embeds = named.get("inputs_embeds")  # (rows, tokens, width)
+            ids = named.get("input_ids", inputs[0] if inputs else None)  # (rows, tokens)
+            seen[0] += ids.numel() if embeds is None else embeds[..., 0].numel()
 
         counter = self.model.register_forward_pre_hook(count, with_kwargs=True)
         try:
@@ -231,7 +232,7 @@ def table(
     losses: dict[str, np.ndarray], first: dict[str, np.ndarray], results: dict[str, Result], read: dict[str, float]
 ) -> dict[str, Any]:
     """The site's table without its title and notes."""
-    columns = ["library", "setting", "loss at the start", "loss at the end, mean", "sequences read a step"]
+    columns = ["library", "setting", "loss at the start", "loss at the end, mean", "tokens read a step"]
     columns += ["seconds a search, median [min, max]", "seconds / ours, median [95 % interval]"]
     rows, own = [], results[f"{OURS}, default"]
     for label, result in results.items():
@@ -253,7 +254,7 @@ def notes(bench: Bench, seeds: int, repeats: int) -> list[str]:
         "sequence, which nanogcg takes out of the template. Neither stops early; both take a step's winner even where it is "
         "worse, and return the best.",
         "The losses are the judge's: each prompt with the returned words is read anew, whole and without a cache.",
-        "nanogcg draws its candidates with repetition; ours are all different. The sequences of the gradient count, too.",
+        "nanogcg draws its candidates with repetition; ours are all different. The tokens of the gradient count, too.",
         f"`{STUBBED}`: `gc.collect` does nothing inside nanogcg's modules; nothing else of it is changed.",
         f"{repeats} repeats; on each pair of request and start all contenders run in turn, in an order shuffled each time.",
     ]

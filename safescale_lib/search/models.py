@@ -23,11 +23,13 @@ class _Held:
     found: bool
     users: int = 0
 
-    def restore(self) -> None:
+    def put(self, value: bool) -> None:
+        """To set what is set already would cost as much as a small model's forward pass."""
         if isinstance(self.part, torch.nn.Module):
-            self.part.training = self.found
-        else:
-            self.part.requires_grad_(self.found)
+            if self.part.training != value:
+                self.part.training = value
+        elif self.part.requires_grad != value:
+            self.part.requires_grad_(value)
 
 
 _HELD: dict[int, _Held] = {}
@@ -49,7 +51,7 @@ def frozen(model: Model) -> Iterator[None]:
         for part in parts:
             found = part.training if isinstance(part, torch.nn.Module) else part.requires_grad
             _HELD.setdefault(id(part), _Held(part, found)).users += 1
-        model.eval().requires_grad_(False)
+            _HELD[id(part)].put(False)
     try:
         yield
     finally:
@@ -58,7 +60,7 @@ def frozen(model: Model) -> Iterator[None]:
                 held = _HELD[id(part)]
                 held.users -= 1
                 if not held.users:
-                    held.restore()
+                    held.put(held.found)
                     del _HELD[id(part)]
 
 

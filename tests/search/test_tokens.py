@@ -124,13 +124,18 @@ def test_one_prompt_with_many_candidates():
 def test_candidates_that_begin_alike_share_what_is_read():
     """One token changed in each: what stands before it is read once, and that must not show."""
     lm, many, start = model(), [*slots(3), Slot((1, 9, 8), (4, 7), (5, 6))], fillings(4, 6)
-    prompts = Prompts(lm, many, batch_size=100)
-    loss, owner = search.target_loss(prompts), torch.arange(160) % 4
+    loss, owner, read = search.target_loss(Prompts(lm, many, batch_size=100)), torch.arange(160) % 4, []
     free = start[owner].scatter(1, torch.randint(6, (160, 1), generator=seeded()), fillings(160, 1, seed=3))
     with torch.no_grad():
-        assert len(prompts._alike(Tokens(free), owner)) > 3
         expected = torch.stack([obvious(lm, many[i], row) for i, row in zip(owner.tolist(), free.tolist(), strict=True)])
+        loss(Tokens(start), torch.arange(4))
+        counter = lm.register_forward_pre_hook(
+            lambda _, given, named: read.append(named["input_ids"].numel()), with_kwargs=True
+        )
         assert torch.allclose(loss(Tokens(free), owner), expected, atol=1e-5)
+        counter.remove()
+        whole = 160 * (1 + 6 + 2 + 1)  # the token before the gap, the gap, what follows at most, and the target but its last
+        assert sum(read) < 0.8 * whole
         assert torch.allclose(loss(Tokens(free.flip(0)), owner.flip(0)), expected.flip(0), atol=1e-5)
         one = search.target_loss(Prompts(lm, many[1:2]))
         assert torch.allclose(one(Tokens(free[owner == 1]), 0 * owner[owner == 1]), expected[owner == 1], atol=1e-5)

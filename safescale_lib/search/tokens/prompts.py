@@ -1,7 +1,7 @@
 """What a search over tokens works on: prompts with a gap, which tokens may fill it, and the loss of what was filled in.
 
-Everything before the gap is read once and kept (its keys and values); each candidate then costs only the gap, what
-follows it, and the target.
+Everything before the gap is read once and kept (its keys and values). Of each candidate only what no other shares is read
+then: the gap from the first token on that is new, what follows it, and the target.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safescale_lib.search.models import frozen
 
 GAP = "{slot}"
-PIECES, PIECE = 8, 16  # the candidates of a forward pass are read in at most so many pieces, of at least so many each
+TOGETHER = 8  # candidates in a row of a forward pass, at most
 
 
 @dataclass(frozen=True)
@@ -174,19 +174,6 @@ lambda tokens, items: target(tokens, items) + 0.1 * fluency(tokens, items).
 """
 
 
-@dataclass(frozen=True, eq=False)
-class _Known:
-    """What a model makes of the last token before the gap and of the gap's beginning.
-
-    memory: keys and values (s, heads, 1 + L, width), a layer at a time. whose: (r,) the row of it for each prompt.
-    count: so many tokens of it hold.
-    """
-
-    memory: list[tuple[torch.Tensor, torch.Tensor]]
-    whose: torch.Tensor
-    count: int
-
-
 class Prompts:
     """The prompts of a search as one model reads them, each up to its gap once. Made anew when the weights change.
 
@@ -209,6 +196,7 @@ class Prompts:
         swaps = [tuple(dict(slot.swaps).get(i, -1) for i in range(_reach(slot))) for slot in self.slots]
         self.swaps = _padded(swaps, -1).to(device) if any(swaps) else None
         accepted = inspect.signature(model.forward).parameters
+        self._masked = getattr(model.config, "_attn_implementation", None) in ("eager", "sdpa")  # who sees whom may be said
         self._keep = next((name for name in ("logits_to_keep", "num_logits_to_keep") if name in accepted), None)
         self._kept: tuple[Any, list[tuple[torch.Tensor, ...]]] | None = None
         self._seen: tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
@@ -238,8 +226,8 @@ class Prompts:
             cache.update(keys[slots], values[slots], number)
         return cache
 
-    def _recall(self, slots: torch.Tensor, room: int, known: _Known | None) -> Any:
-        """A cache that knows what stands before the gaps of these slots, and behind it what they have in common.
+    def _recall(self, slots: torch.Tensor, room: int) -> Any:
+        """A cache that knows what stands before the gaps of these slots.
 
         Keys and values are written into space that is kept for the next call: to copy all that stands before the gaps for
         every forward pass would take a third of a search's time.
@@ -248,13 +236,7 @@ class Prompts:
         if self._kept is None or self._kept[0] != key:
             self._kept = None  # first free, then take
             self._kept = (key, [tuple(F.pad(part[slots], (0, 0, 0, room)) for part in pair) for pair in self._memory])
-        spaces, begin = self._kept[1], self._memory[0][0].shape[2]
-        if known is not None:
-            for space, pair in zip(spaces, known.memory, strict=True):
-                for part, common in zip(space, pair, strict=True):
-                    part[:, :, begin : begin + known.count] = common[known.whose, :, : known.count]
-            begin += known.count
-        return _written_into(spaces, begin)
+        return _written_into(self._kept[1], self._memory[0][0].shape[2])
 
     def read(
         self,
@@ -263,7 +245,6 @@ class Prompts:
         *,
         tail: bool = True,
         logits_from: int = 0,
-        known: _Known | None = None,
         remember: bool = False,
         **options: Any,
     ) -> Any:
@@ -271,16 +252,16 @@ class Prompts:
 
         tokens: fillings (r, L). slots: (r,) which prompts. tail: with what follows the gap and the target's tokens but
         the last, else the gap is the end. logits_from: the first place whose logits are needed. The logits at place k
-        foretell the token at place k + 1 of this rest. known: what need not be read again. remember: keep what the model
-        makes of the gap for `_alike`. options: passed on, such as output_hidden_states.
+        foretell the token at place k + 1 of this rest. remember: keep what the model makes of the gap for those that begin
+        alike. options: passed on, such as output_hidden_states.
         """
         embed, free = self.model.get_input_embeddings(), tokens.embedded(self.model)
         if self.swaps is not None:
-            swap = F.pad(self.swaps, (0, max(0, free.shape[1] - self.swaps.shape[1])), value=-1)[slots, : free.shape[1]]
-            free = torch.where((swap >= 0)[..., None], embed(swap.clamp(min=0)), free)
-        end = (self.after + (self.target >= 0).sum(1) - 1)[slots].max() if tail else 0
+            swapped = self._swapped(tokens.ids, slots)
+            free = torch.where((swapped != tokens.ids)[..., None], embed(swapped), free)
+        end = self._end(slots) if tail else 0
         rest = torch.cat([embed(self.last[slots]), free, embed(self.tail[slots, :end])], dim=1)  # (r, 1 + L + A, width)
-        stem, extra, skip = self.stem[slots], dict(options), known.count if known else 0
+        stem, extra = self.stem[slots], dict(options)
         where = stem[:, None] + torch.arange(rest.shape[1], device=stem.device)  # (r, 1 + L + A)
         if self._memory and len(self.slots) > 1:
             there = torch.arange(self._memory[0][0].shape[2], device=stem.device) < stem[:, None]  # (r, P)
@@ -289,61 +270,113 @@ class Prompts:
         if self._keep:
             extra[self._keep] = rest.shape[1] - logits_from
         remember = remember or torch.is_grad_enabled()  # the gradient is taken where most candidates begin
-        cache = self._growing(slots) if remember or not self._memory else self._recall(slots, rest.shape[1], known)
-        output = self.model(
-            inputs_embeds=rest[:, skip:], position_ids=where[:, skip:], past_key_values=cache, use_cache=True, **extra
-        )
+        cache = self._growing(slots) if remember or not self._memory else self._recall(slots, rest.shape[1])
+        output = self.model(inputs_embeds=rest, position_ids=where, past_key_values=cache, use_cache=True, **extra)
         if remember:
             begin, asked = cache.get_seq_length() - rest.shape[1], torch.cat([slots[:, None], tokens.ids], 1)
             end = begin + asked.shape[1]
             self._seen = asked, [(layer[0][:, :, begin:end].detach(), layer[1][:, :, begin:end].detach()) for layer in cache]
         if not self._keep:
-            output.logits = output.logits[:, logits_from - skip :]
+            output.logits = output.logits[:, logits_from:]
         return output
+
+    def _swapped(self, ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """(r, L): the tokens in the gaps, after the slots' swaps."""
+        if self.swaps is None:
+            return ids
+        swap = F.pad(self.swaps, (0, max(0, ids.shape[1] - self.swaps.shape[1])), value=-1)[slots, : ids.shape[1]]
+        return torch.where(swap >= 0, swap, ids)
+
+    def _end(self, slots: torch.Tensor) -> int:
+        """How many tokens follow the gap at most, with the target's but the last."""
+        return int((self.after + (self.target >= 0).sum(1) - 1)[slots].max())
 
     def on_target(
         self, tokens: Tokens, slots: torch.Tensor, value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
         """(r,) value of the logits (r, T, vocabulary) that foretell the target, and of its tokens (r, T), -1 for padding."""
-        pieces = self._alike(tokens, slots)
-        values = [value(*self._target_logits(tokens[rows], slots[rows], known)) for rows, known in pieces]
-        return torch.cat(values)[torch.cat([rows for rows, _ in pieces]).argsort()]
-
-    def _target_logits(self, tokens: Tokens, slots: torch.Tensor, known: _Known | None) -> tuple[torch.Tensor, torch.Tensor]:
         after, target = self.after[slots], self.target[slots]
         target = target[:, : int((target >= 0).sum(1).max())]
         first = tokens.ids.shape[1] + int(after.min())
-        logits = self.read(tokens, slots, logits_from=first, known=known).logits
+        if self._masked and not torch.is_grad_enabled():
+            logits = self._read_together(tokens, slots, first)
+        else:
+            logits = self.read(tokens, slots, logits_from=first).logits
         if (after == after[0]).all():
-            return logits[:, : target.shape[1]], target
-        places = (tokens.ids.shape[1] + after - first)[:, None] + torch.arange(target.shape[1], device=after.device)
+            return value(logits[:, : target.shape[1]], target)
+        places = (after - after.min())[:, None] + torch.arange(target.shape[1], device=after.device)
         places = places.clamp(max=logits.shape[1] - 1)  # (r, T); past the end there is only padding
-        return logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1])), target
+        return value(logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1])), target)
 
-    def _alike(self, tokens: Tokens, slots: torch.Tensor) -> list[tuple[torch.Tensor, _Known | None]]:
-        """The rows in pieces, and what each piece need not read: how the gap begins in most rows of the same prompt.
+    def _read_together(self, tokens: Tokens, slots: torch.Tensor, first: int) -> torch.Tensor:
+        """(r, E - first, vocabulary) logits from place `first` on, as `read` gives them, for less.
 
-        The candidates of a step differ from one another in one token. Up to it they are the same, so what a model makes
-        of that is read once, and the candidates that differ late go together.
+        The fillings of a prompt sit side by side in few rows, and none sees another (tree attention). All see what is known:
+        the prompt up to its gap, and of a gap read before as many tokens as those of a seat begin with.
         """
-        r, length = tokens.ids.shape
-        everything: list[tuple[torch.Tensor, _Known | None]] = [(torch.arange(r, device=slots.device), None)]
-        if torch.is_grad_enabled() or not self._memory or r < 2 * PIECE:
-            return everything
-        which, whose = torch.unique(slots, return_inverse=True)
-        usual = torch.stack([tokens.ids[whose == i].mode(0).values for i in range(len(which))])  # (s, L)
-        same = (tokens.ids == usual[whose]).long().cumprod(1).sum(1).clamp(max=length - 1)  # (r,) tokens as in most rows
-        order = same.argsort(descending=True, stable=True)
-        pieces = torch.split(order, max(PIECE, -(-r // PIECES)))
-        counts = [1 + int(same[rows[-1]]) for rows in pieces]
-        saved = sum(count * len(rows) for count, rows in zip(counts, pieces, strict=True)) - len(which) * (1 + length)
-        if saved < 0.1 * r * (1 + length + self.tail.shape[1]):
-            return everything
-        if self._seen is None or not torch.equal(self._seen[0], torch.cat([which[:, None], usual], 1)):
+        from transformers import DynamicCache
+
+        which, whose = torch.unique(slots, return_inverse=True)  # (s,), (r,)
+        known, common = self._common(tokens.ids, which, whose)
+        grid, prompts = _seated(whose, known)  # (R, seats), (R,)
+        own, tail = self._swapped(tokens.ids, slots), self.tail[slots, : self._end(slots)]
+        rest = torch.cat([self.last[slots], own, tail], 1)  # (r, E)
+        begin = torch.where(grid < 0, first, known[grid]).amin(0)  # (seats,) from where on a seat is read
+        places = [(seat, place) for seat, start in enumerate(begin.tolist()) for place in range(start, first)]
+        asked = [(seat, place) for seat in range(len(begin)) for place in range(first, rest.shape[1])]
+        seat, place = torch.tensor(places + asked, device=slots.device).T  # (M,) each: a row's tokens, the asked ones last
+
+        cache, of = DynamicCache(), which[prompts]  # (R,) slots
+        for layer, gap in enumerate(common):
+            stem = self._memory[layer] if self._memory else tuple(part[:, :, :0] for part in gap)
+            cache.update(*(torch.cat([s[of], g[prompts]], 2) for s, g in zip(stem, gap, strict=True)), layer)
+        held = torch.arange(cache.get_seq_length(), device=of.device)  # (C,)
+        in_gap = held - (len(held) - 1 - own.shape[1])  # (C,) its place, below 0 before the gap's rest
+        stems = (in_gap < 0) & (held < self.stem[of, None])  # (R, C)
+        gaps = (in_gap >= 0) & (in_gap < begin[seat, None])  # (M, C)
+        selves = (seat[:, None] == seat) & (place[:, None] >= place)  # (M, M)
+        sees = torch.cat([stems[:, None] | gaps, selves.expand(len(of), -1, -1)], 2)  # (R, M, C + M)
+        dtype = self.model.get_input_embeddings().weight.dtype
+        mask = torch.zeros(sees.shape, device=of.device, dtype=dtype).masked_fill(~sees, -torch.inf)
+
+        output = self.model(
+            input_ids=rest[grid[:, seat], place],  # (R, M); an empty seat reads another's tokens
+            attention_mask=mask[:, None],
+            position_ids=self.stem[of, None] + place,
+            past_key_values=cache,
+            use_cache=True,
+            **({self._keep: len(asked)} if self._keep else {}),
+        )
+        logits = output.logits[:, -len(asked) :].unflatten(1, (len(begin), -1))[grid >= 0]  # (r, E - first, vocabulary)
+        sorted_back: torch.Tensor = logits[grid[grid >= 0].argsort()]
+        return sorted_back
+
+    def _common(
+        self, ids: torch.Tensor, which: torch.Tensor, whose: torch.Tensor
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """How much of what was read last each filling begins with, and what a model made of that.
+
+        ids: (r, L). which: (s,) slots. whose: (r,) index into these. Returns (r,) places from 0 to L, and keys and values
+        (s, heads, 1 + L, width) of the last token before the gap and of the gap, a layer at a time. The fillings of a step
+        differ in one token each; where those read last are of little use, their most frequent tokens are read.
+        """
+        length = ids.shape[1]
+
+        def shared(gaps: torch.Tensor) -> torch.Tensor:  # (s, L) -> (r,)
+            return (1 + (ids == gaps[whose]).long().cumprod(1).sum(1)).clamp(max=length)
+
+        usual = torch.stack([ids[whose == i].mode(0).values for i in range(len(which))])  # (s, L)
+        seen = self._seen
+        if (
+            seen is None
+            or seen[0].shape != (len(which), 1 + length)
+            or not torch.equal(seen[0][:, 0], which)
+            or shared(usual).sum() - shared(seen[0][:, 1:]).sum() > 2 * usual.numel()
+        ):
             self.read(Tokens(usual), which, tail=False, logits_from=length, remember=True)
-        assert self._seen is not None
-        memory = self._seen[1]
-        return [(rows, _Known(memory, whose[rows], count)) for rows, count in zip(pieces, counts, strict=True)]
+            seen = self._seen
+        assert seen is not None
+        return shared(seen[0][:, 1:]), seen[1]
 
     def per_item(
         self, tokens: Tokens, items: torch.Tensor, value: Callable[[Tokens, torch.Tensor], torch.Tensor]
@@ -412,6 +445,22 @@ def activation_loss(prompts: Prompts, read: Callable[[torch.Tensor], torch.Tenso
         return read(states[torch.arange(len(slots), device=states.device), end])
 
     return lambda tokens, items: prompts.per_item(tokens, items, value)
+
+
+def _seated(whose: torch.Tensor, known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fillings (r,) of the prompts `whose`, in rows of at most `TOGETHER`: (R, seats) which ones, -1 for none; (R,) of whom.
+
+    Those in a seat know about as much, so that what is left of them is about as long.
+    """
+    seated: list[list[int]] = []
+    prompts: list[int] = []
+    for prompt in range(int(whose.max()) + 1):
+        those = (whose == prompt).nonzero()[:, 0]
+        here = those[known[those].argsort()].tolist()
+        rows = -(-len(here) // TOGETHER)
+        seated += [here[row::rows] for row in range(rows)]
+        prompts += [prompt] * rows
+    return _padded(seated, -1).to(whose.device), torch.tensor(prompts, device=whose.device)
 
 
 def _reach(slot: Slot) -> int:

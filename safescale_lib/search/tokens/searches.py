@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, compress
+from itertools import chain, compress, islice
 from numbers import Integral
 from typing import Any
 
@@ -402,21 +402,15 @@ class _Run:
 
     def surviving(self, pools: Sequence[Sequence[Row]], width: int) -> list[torch.Tensor]:
         """Of each pool, which are the first `width` candidates that survive being typed next to the gap."""
-        masks = [torch.zeros(len(pool), dtype=torch.bool) for pool in pools]
+        good, near = [[False] * len(pool) for pool in pools], [self.near[item] for item in self.live.tolist()]
         for first in range(0, max(map(len, pools), default=0), width):
-            asked = [
-                (i, place, slot)
-                for i, (item, pool) in enumerate(zip(self.live.tolist(), pools, strict=True))
-                for place in range(first, min(first + width, len(pool)))
-                for slot in self.near[item]
-                if first == 0 or masks[i].sum() < width
-            ]
-            if not asked:
-                break
-            passed = survives(self.tokenizer, [slot for *_, slot in asked], [pools[i][place] for i, place, _ in asked])
-            failed = {(i, place) for (i, place, _), good in zip(asked, passed, strict=True) if not good}
-            for i, place in {(i, place) for i, place, _ in asked} - failed:
-                masks[i][place] = True
+            wanting = [i for i, each in enumerate(good) if sum(each) < width]
+            asked = [(i, place) for i in wanting for place in range(first, min(first + width, len(pools[i])))]
+            slots = [slot for i, _ in asked for slot in near[i]]
+            passed = iter(survives(self.tokenizer, slots, [pools[i][place] for i, place in asked for _ in near[i]]))
+            for i, place in asked:
+                good[i][place] = all(list(islice(passed, len(near[i]))))
+        masks = [torch.tensor(each, dtype=torch.bool) for each in good]
         return [mask & (mask.cumsum(0) <= width) for mask in masks]
 
     @torch.no_grad()
