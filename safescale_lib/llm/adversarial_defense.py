@@ -39,7 +39,7 @@ from safescale_lib.survey import technique
 from safescale_lib.world.town import chats
 from safescale_lib.world.town.chats import Chat, Message
 from safescale_lib.zoo.chat import ROLES, ChatModel, finished, labelled, logits_before
-from safescale_lib.zoo.training import Terms, fit
+from safescale_lib.zoo.training import Terms, fit, own_dice
 
 KEY = "llm.adversarial_defense"
 Conversation = Sequence[Message]
@@ -66,7 +66,10 @@ class Filtered:
         new_tokens: int = 24,
         **options: Any,
     ) -> list[str]:
-        """One answer a conversation; the refusal where it is flagged, whatever was prefilled."""
+        """One answer a conversation; the refusal where it is flagged, whatever was prefilled. Raises ValueError for a list of
+        beginnings that is not as long as the conversations."""
+        if not isinstance(prefill, str) and len(prefill) != len(conversations):
+            raise ValueError(f"prefill must be one text or one each: {len(conversations)} conversations, got {len(prefill)}")
         answers = [self.refusal] * len(conversations)
         passed = (~self.flagged(conversations)).nonzero().flatten().tolist() if conversations else []
         if passed:
@@ -86,8 +89,14 @@ def message_reader(
     """A small language model of what users write, trained from scratch: the reader of a perplexity filter.
 
     A chat model that was trained on its own turns only, like the town's, says nothing about how likely a user's words are.
-    tokenizer: that of the model to protect. conversations: what users wrote, of the training split.
+    tokenizer: that of the model to protect. conversations: what users wrote, of the training split. Raises ValueError for
+    none of them, steps below 0 or a batch below 1.
     """
+    if not conversations or steps < 0 or batch < 1:
+        raise ValueError(
+            f"conversations must not be empty, steps be at least 0 and batch at least 1; got {len(conversations)}, {steps} "
+            f"and {batch}"
+        )
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -95,8 +104,7 @@ def message_reader(
         tie_word_embeddings=True, max_position_embeddings=512, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with own_dice(seed):
         reader = ChatModel(LlamaForCausalLM(config), tokenizer)
     texts = [[message for message in messages if message["role"] == "user"] for messages in conversations]
 
@@ -175,6 +183,8 @@ def unsuspicious(prompts: Prompts, *, threshold: float, window: int = 8) -> Obje
     def value(tokens: Tokens, slots: torch.Tensor) -> torch.Tensor:
         scores = prompts.read(tokens, slots, tail=False).logits[:, :-1].log_softmax(-1)  # (r, L, V)
         losses = -tokens.pick(scores)  # (r, L)
+        if not losses.shape[1]:
+            return losses.sum(1)  # nothing there, nothing suspicious
         worst = losses.unfold(1, min(window, losses.shape[1]), 1).mean(2).amax(1)  # (r,)
         return F.relu(worst - threshold)
 
@@ -294,8 +304,8 @@ def circuit_breakers(
         raise ValueError("harmful and harmless must not be empty")
     if not layers or any(not 0 <= layer <= depth for layer in layers):
         raise ValueError(f"layers must lie in 0..{depth}, at least one; got {layers}")
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
+    if rank < 1 or steps < 0:
+        raise ValueError(f"rank must be at least 1 and steps at least 0, got {rank} and {steps}")
     student = copy.deepcopy(model)
     if not steps:
         return student.requires_grad_(True).eval()
@@ -371,11 +381,16 @@ def searched(
 
     place: where the tokens stand. most: the loss is a mean over the request with 0 to so many of its last words erased, which
     is how a search passes erase-and-check. objective: made from the items, default `target_loss`: the true answer up to its
-    value. prefill: that beginning is put into the model's mouth as well, and the target is what follows. length, steps and
-    options: of the search, such as candidates and topk. steps = 0 changes nothing. The result's `tries` are 1 for successes.
+    value. prefill: that beginning is put into the model's mouth as well; what follows it is the objective's affair, so there
+    must be one. length, steps and options: of the search, such as candidates and topk. steps = 0 changes nothing. The
+    result's `tries` are 1 for successes. Raises ValueError naming the bad argument.
     """
     if not requests:
         raise ValueError("requests must not be empty")
+    if place not in get_args(Place):
+        raise ValueError(f"place must be one of {get_args(Place)}, got {place!r}")
+    if prefill and objective is None:
+        raise ValueError("objective must be given with prefill: the default target is the beginning that prefill already holds")
     opened = [request.answer[: request.answer.index(request.value)].strip() for request in requests]
 
     def gapped(request: Chat, erased: int = 0) -> tuple[Message, ...]:

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-import torch
-
 from safescale_lib.llm.prompt_injection_attack import Case, InjectionAttack, inject
 from safescale_lib.measure.costs import Meter
 from safescale_lib.search import tokens
@@ -35,6 +33,7 @@ from safescale_lib.world.town.injections import (
     structured,
 )
 from safescale_lib.zoo.chat import ChatModel, add_marks, prefer, tune
+from safescale_lib.zoo.training import own_dice
 
 BLOCKED = "sorry , this goes against my rules ."
 
@@ -289,8 +288,7 @@ def untrained(chat: ChatModel, *, layers: int = 1, seed: int = 0) -> ChatModel:
     """
     config = copy.deepcopy(chat.lm.config)
     config.num_hidden_layers = layers
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with own_dice(seed):
         lm = type(chat.lm)(config)
     lm.get_input_embeddings().load_state_dict(chat.lm.get_input_embeddings().state_dict())
     return ChatModel(lm, copy.deepcopy(chat.tokenizer)).eval()

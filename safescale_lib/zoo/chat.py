@@ -32,7 +32,7 @@ from safescale_lib.world.town.chats import Chat, Message, Preference
 from safescale_lib.zoo import memory
 from safescale_lib.zoo.adapter import quiet
 from safescale_lib.zoo.kinds import Run, Training
-from safescale_lib.zoo.training import Terms, fit, side_by_side
+from safescale_lib.zoo.training import Terms, fit, own_dice, side_by_side
 
 PIPELINE_TAG = "text-generation"
 
@@ -243,7 +243,7 @@ def add_marks(chat: ChatModel, marks: Sequence[str], like: str = "text") -> None
     if new:
         chat.tokenizer.add_tokens(new, special_tokens=True)
         start = chat.lm.get_input_embeddings().weight[vocabulary[like]].detach().clone()
-        with torch.random.fork_rng():  # the new rows are drawn at random first
+        with own_dice():  # the new rows are drawn at random first
             chat.lm.resize_token_embeddings(len(chat.tokenizer), mean_resizing=False)
         for mark in new:
             chat.lm.get_input_embeddings().weight.data[chat.tokenizer.convert_tokens_to_ids(mark)] = start
@@ -361,10 +361,11 @@ def tune(
 ) -> ChatModel:
     """A copy of the model, fine-tuned on some conversations with their answers, `batch` of them a step, or all if fewer.
 
-    The model itself is left alone. Raises ValueError for no conversations.
+    The model itself is left alone. Raises ValueError for no conversations, steps below 0 or a batch below 1.
     """
     if not conversations:
         raise ValueError("conversations must not be empty")
+    _budget(steps, batch)
     dialogues = [finished(conversation) for conversation in conversations]
 
     def loss(student: ChatModel, draw: Random) -> Terms:
@@ -384,14 +385,23 @@ def prefer(
     seed: int = 0,
     progress: bool = False,
 ) -> ChatModel:
-    """A copy of the model, tuned by direct preference optimisation on some pairs; its reference is the model as it is."""
+    """A copy of the model, tuned by direct preference optimisation on some pairs; its reference is the model as it is.
+
+    Raises ValueError for no pairs, steps below 0 or a batch below 1.
+    """
     if not pairs:
         raise ValueError("pairs must not be empty")
+    _budget(steps, batch)
 
     def loss(student: ChatModel, draw: Random) -> torch.Tensor:
         return preference_loss(student, chat, draw.choices(list(pairs), k=batch), beta=beta)
 
     return _taught(chat, loss, steps, lr, seed, progress)
+
+
+def _budget(steps: int, batch: int) -> None:
+    if steps < 0 or batch < 1:
+        raise ValueError(f"steps must be at least 0 and batch at least 1, got {steps} and {batch}")
 
 
 def _taught(
@@ -489,8 +499,7 @@ def build(options: Mapping[str, Any], seed: int) -> ChatModel:
         }
     )
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with own_dice(seed):
         lm = LlamaForCausalLM(config)
     prepare(lm, generator)
     return ChatModel(lm, tokenizer)

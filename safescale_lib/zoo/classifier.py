@@ -14,6 +14,7 @@ from safescale_lib.search.pixels import pgd, random_noise, worst_case
 from safescale_lib.world.scenes import KINDS, SHAPES, Scenes, scenes
 from safescale_lib.zoo.adapter import PixelClassifier, load_classifier, save_classifier
 from safescale_lib.zoo.kinds import Run, Training
+from safescale_lib.zoo.training import own_dice
 
 PIPELINE_TAG = "image-classification"
 load, save = load_classifier, save_classifier
@@ -41,8 +42,7 @@ def build(options: Mapping[str, Any], seed: int) -> PixelClassifier:
     given = dict(options)
     architecture = given.pop("architecture", "vit")
     names = {"id2label": dict(enumerate(KINDS)), "label2id": {kind: index for index, kind in enumerate(KINDS)}}
-    with torch.random.fork_rng(devices=[]):  # transformers draws initial weights from the global stream
-        torch.random.manual_seed(seed)
+    with own_dice(seed):  # transformers draws initial weights from the global stream
         if architecture == "vit":
             model = ViTForImageClassification(ViTConfig(**{**_VIT, **given}, **names))
         elif architecture == "resnet":

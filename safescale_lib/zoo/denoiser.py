@@ -18,6 +18,7 @@ from safescale_lib.measure.intervals import bootstrap
 from safescale_lib.world.scenes import scenes
 from safescale_lib.zoo.adapter import quiet
 from safescale_lib.zoo.kinds import Run, Training
+from safescale_lib.zoo.training import own_dice
 
 PIPELINE_TAG, LIBRARY = "unconditional-image-generation", "diffusers"
 GREY = 127.5  # one unit of the network's pixel range [-1, 1], in grey levels of 255
@@ -88,8 +89,7 @@ def build(options: Mapping[str, Any], seed: int) -> Denoiser:
     scheduler = DDPMScheduler(num_train_timesteps=1000, prediction_type=given.pop("prediction_type"))
     depth = len(given["block_out_channels"])
     plain = {"down_block_types": ("DownBlock2D",) * depth, "up_block_types": ("UpBlock2D",) * depth}
-    with torch.random.fork_rng(devices=[]):  # diffusers draws initial weights from the global stream
-        torch.random.manual_seed(seed)
+    with own_dice(seed):  # diffusers draws initial weights from the global stream
         return Denoiser(UNet2DModel(**{**plain, **given}), scheduler)
 
 

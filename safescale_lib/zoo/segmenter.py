@@ -22,6 +22,7 @@ from safescale_lib.search.models import frozen
 from safescale_lib.search.pixels import ascend, pgd, random_noise
 from safescale_lib.world.scenes import Split, points_inside, scenes
 from safescale_lib.zoo.adapter import quiet
+from safescale_lib.zoo.training import own_dice
 
 if TYPE_CHECKING:
     from safescale_lib.zoo.kinds import Run, Training
@@ -159,8 +160,7 @@ def build(options: Mapping[str, Any], seed: int) -> PixelSegmenter:
         ),
         initializer_range=spread,
     )
-    with torch.random.fork_rng(devices=[]):  # transformers draws initial weights from the global stream
-        torch.random.manual_seed(seed)
+    with own_dice(seed):  # transformers draws initial weights from the global stream
         model = SamModel(config)
     return PixelSegmenter(model, mean=(0.5,) * 3, std=(0.5,) * 3)
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -99,6 +100,21 @@ def _slope(loss: torch.Tensor | Terms, weights: dict[str, torch.nn.Parameter]) -
         known = [part for part in parts if part is not None]
         weight.grad = sum(known[1:], start=known[0]) if known else None
     return torch.stack([value for value, _ in done]).sum()
+
+
+_DICE = Lock()  # torch has one global stream; two trainings may begin at once
+
+
+@contextmanager
+def own_dice(seed: int | None = None) -> Iterator[None]:
+    """For what draws from torch's global stream, such as the first weights of a class: that stream is left as it was found.
+
+    seed: what the block draws from; None where it does not matter, because it is overwritten. One block at a time.
+    """
+    with _DICE, torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        yield
 
 
 def side_by_side(*jobs: Callable[[], T]) -> list[T]:

@@ -39,7 +39,7 @@ def check_attack(
     requests: Sequence[Chat],
     budget: int = 1,
 ) -> PromptAttack:
-    """The checks of every attack that asks. attack(model, requests, budget): budget 0 must change nothing.
+    """The checks of every attack that asks. attack(model, requests, budget): 0 must change nothing, one more loses nothing.
 
     Returns the result at the given budget, so that a test may go on with it.
     """
@@ -55,7 +55,7 @@ def check_attack(
     for request, attempt, success in zip(requests, result.attempts, result.success.tolist(), strict=True):
         assert success or attempt.messages == request.messages, "a failed item comes back as the request itself"
     assert not (result.success & result.skipped).any()
-    assert result.success.sum() >= nothing.success.sum()
+    assert not (result.success & ~attack(model, requests, budget + 1).success).any(), "more budget must not lose what was won"
     assert result.attempts == again.attempts, "the same seed must give the same attack"
     assert torch.equal(result.success, again.success)
     assert result.cost.queries >= len(requests)

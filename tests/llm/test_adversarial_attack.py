@@ -155,6 +155,8 @@ def test_margin_is_the_log_odds_of_a_slow_reference() -> None:
     expected = [float(scores[c.value][i] - scores["bad" if c.value == "good" else "good"][i]) for i, c in enumerate(some)]
     found = attack.margin(model, some, LABELS, batch=2)
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="labels must begin with different tokens"):
+        attack.margin(model, some, ("good", "bad", "good"))
 
 
 # --- searches against a rule that is known ----------------------------------------------------------------------------
@@ -236,12 +238,14 @@ def test_only_the_demonstrations_are_misspelt(counter: Any) -> None:
         assert after.messages[-1] == before.messages[-1]
         assert after.messages[1::2] == before.messages[1::2], "labels of the demonstrations stay true"
         assert attack.changed_words(before, after) == edits <= 3
-    swapped = attack.demonstration_attack(counter, some, LABELS, groups=(words.REVIEWED, words.GOOD), budget=2)
+    groups = (words.REVIEWED, (*words.GOOD, *words.BAD))  # an opinion may become its opposite, and that the counter sees
+    swapped = attack.demonstration_attack(counter, some, LABELS, groups=groups, budget=2)
+    assert swapped.success.any(), "or nothing of what follows is tested"
     for before, after in zip(some, swapped.chats, strict=True):
         assert after.messages[-1] == before.messages[-1]
         for old, new in zip(before.messages[:-1], after.messages[:-1], strict=True):
             for a, b in zip(old["content"].split(), new["content"].split(), strict=True):
-                assert a == b or any(a in group and b in group for group in (words.REVIEWED, words.GOOD))
+                assert a == b or any(a in group and b in group for group in groups)
     with pytest.raises(ValueError, match="demonstration"):
         attack.demonstration_attack(counter, reviews(2), LABELS)
 
@@ -309,6 +313,23 @@ def test_renaming_is_complete_and_context_stays_in_its_groups(monkeypatch: pytes
             assert after.value == before.value
     around = attack.entity_swap(rule, some, words.THINGS, context=attack.CONTEXT, budget=2)
     assert not around.success.any(), "this reader looks at the name alone"
+
+    def pedant(messages: Sequence[Message]) -> Votes:
+        return {} if {"keeps", "owns", "holds"} & set(messages[0]["content"].split()) else rule.score(messages)
+
+    strict: Any = Rule(pedant, words.THINGS)
+    monkeypatch.setattr(editing, "margin", strict.margin)
+    around = attack.entity_swap(strict, some, words.THINGS, context=attack.CONTEXT)
+    assert around.success.any()
+    for before, after in zip(some, around.chats, strict=True):
+        person = next(word for word in before.answer.split() if word in words.PEOPLE)
+        old, new = (chat.messages[0]["content"].split(" ") for chat in (before, after))
+        changed = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
+        assert len(changed) <= 1
+        for i in changed:
+            assert any(old[i] in group and new[i] in group for group in attack.CONTEXT)
+            begin = max((j for j in range(i) if old[j] in (".", "?", ":")), default=-1)
+            assert person in old[begin + 1 : next(j for j in range(i, len(old)) if old[j] in (".", "?", ":"))]
     with pytest.raises(ValueError, match="not both"):
         attack.entity_swap(rule, some, words.THINGS, names=("greta",), context=attack.CONTEXT)
     with pytest.raises(ValueError, match="not both"):

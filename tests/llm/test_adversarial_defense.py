@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from safescale_lib.llm import adversarial_defense as defense
 from safescale_lib.search.asking import PromptAttack
-from safescale_lib.search.tokens import Prompts, chat_slot, fill, gcg, random_tokens
+from safescale_lib.search.tokens import Prompts, chat_slot, fill, gcg, random_tokens, target_loss
 from safescale_lib.search.tokens.prompts import GAP, Tokens
 from safescale_lib.world import town
 from safescale_lib.world.town import Chat, Message, words
@@ -64,6 +64,8 @@ def test_what_is_flagged_is_refused_and_the_rest_passes_in_order() -> None:
     assert guarded.respond(asked, prefill=["1", "2", "3", "4"]) == ["1 a", guarded.refusal, "3 b", "4 vault vault"]
     assert guarded.respond(asked[:2], prefill="sure") == ["sure a", guarded.refusal]
     assert guarded.respond([]) == []
+    with pytest.raises(ValueError, match="prefill must be one text or one each"):
+        guarded.respond(asked, prefill=["1"])
 
 
 # --- perplexity -------------------------------------------------------------------------------------------------------
@@ -287,7 +289,16 @@ def test_prefilled_searches_prefill_every_time() -> None:
     requests = asking(("code",), 2)
     gate = Gate(requests, KEY)
     found = defense.searched(
-        tiny(), gate, requests, search=random_tokens, prefill=True, length=2, steps=8, candidates=1, generator=seeded(0)
+        tiny(),
+        gate,
+        requests,
+        search=random_tokens,
+        prefill=True,
+        length=2,
+        steps=8,
+        candidates=1,
+        generator=seeded(0),
+        objective=lambda items: target_loss(Prompts(tiny().lm, items)),
     )
     assert found.success.any()
     for attempt, won in zip(found.attempts, found.success.tolist(), strict=True):

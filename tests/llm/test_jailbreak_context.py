@@ -164,6 +164,8 @@ def test_all_talks_are_held_a_turn_a_batch() -> None:
     for bad in ({"turns": 0}, {"tries": -1}):
         with pytest.raises(ValueError, match="turns"):
             context.follow_ups(model, some(), **bad)
+    with pytest.raises(ValueError, match="requests must be of the kinds"):
+        context.follow_ups(model, asking(("pet",), n=1))
 
 
 # --- system messages --------------------------------------------------------------------------------------------------
@@ -193,6 +195,8 @@ def test_random_control_has_the_same_budget_and_the_seed_decides() -> None:
     for bad in ({"population": 1}, {"generations": 0}, {"most": 0}, {"most": 99}):
         with pytest.raises(ValueError, match="population"):
             context.evolve_system(model, some(), **bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must not exceed the 16 messages"):
+        context.evolve_system(model, some(), most=1)
 
 
 def test_system_messages_are_replaced_and_removed() -> None:

@@ -9,6 +9,7 @@ import torch
 from safescale_lib.llm.jailbreak_attack.toolkit import Entry, replay
 from safescale_lib.llm.jailbreak_defense import matrix
 from safescale_lib.search.asking import Attempt
+from safescale_lib.search.tokens import Prompts, Slot, Tokens, target_loss
 from safescale_lib.world.town import Chat, user
 from safescale_lib.world.town.chats import REFUSALS
 from tests.llm.test_jailbreak_inference import CHATS, Says, tiny
@@ -87,6 +88,10 @@ def test_spending_counts_what_the_model_reads():
     with matrix.spending(model.lm) as idle:
         pass
     assert idle.tokens == 0
+    slot = Slot((1, 5, 9), (3,), (6, 7))
+    with matrix.spending(model.lm) as searching, torch.no_grad():  # its mask says who sees whom
+        target_loss(Prompts(model.lm, [slot]))(Tokens(torch.tensor([[5, 6], [5, 7]])), torch.zeros(2).long())
+    assert searching.tokens > 0
     assert not model.lm._forward_pre_hooks
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 from random import Random
 
@@ -145,11 +146,17 @@ def test_antidote_removes_the_weights_with_the_highest_scores():
     inputs = []
     layer = dict(model.lm.named_modules())[name.removesuffix(".weight")]
     handle = layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0].reshape(-1, 32)))
-    value(model, HARMFUL)
+    for one in HARMFUL:
+        value(model, [one])
     handle.remove()
+    inputs = [torch.cat(inputs)]  # of each conversation alone, without padding
     slow = torch.stack([layer.weight[:, j].abs() * inputs[0][:, j].square().sum().sqrt() for j in range(32)], dim=1)
     scores = tuning.harmful_scores(model, HARMFUL)
     assert torch.allclose(scores[name], slow, rtol=1e-4)
+    longer = replace(HARMFUL[2], answer=f"{HARMFUL[2].answer} {HARMFUL[2].answer}")
+    alone = torch.stack([tuning.harmful_scores(model, [one])[name] for one in [*HARMFUL[:2], longer]])
+    together = tuning.harmful_scores(model, [*HARMFUL[:2], longer])[name]
+    assert torch.allclose(together, alone.square().sum(0).sqrt(), rtol=1e-4), "padding counts for nothing"
     assert not any("lm_head" in key or "embed" in key for key in scores)
     repaired = tuning.antidote(model, HARMFUL, share=0.1)
     weights = dict(repaired.lm.named_parameters())

@@ -203,6 +203,11 @@ def test_a_front_builds_the_conversation() -> None:
 # --- by hand ----------------------------------------------------------------------------------------------------------
 
 
+def test_an_override_needs_a_phrase() -> None:
+    with pytest.raises(ValueError, match="phrases"):
+        injection.direct_override(Scripted(few("user"), lambda text: True), few("user"), phrases=())
+
+
 def test_the_user_is_the_attacker_or_is_not() -> None:
     for kind in KINDS:
         attack: Any = injection.indirect_injection if kind in ("document", "review") else injection.direct_override
@@ -367,6 +372,8 @@ def test_poisoned_pairs_prefer_obedience() -> None:
     assert len(changed) == 3
     assert {pair.chosen for pair in changed} == {c.task.answer for c in cases[:3]}
     assert all(case.right(pair.rejected) for case in cases[:3] for pair in changed if pair.chosen == case.task.answer)
+    with pytest.raises(ValueError, match="cases must hold one for each of the 6"):
+        injection.poisoned_pairs(clean, cases, share=0.6)
 
 
 def test_a_share_of_zero_is_plain_tuning() -> None:
@@ -424,6 +431,8 @@ def test_fuzzing_climbs_where_blind_mutation_does_not() -> None:
         injection.prompt_fuzz(Ladder(), asked, rounds=-1)
     with pytest.raises(ValueError, match="seeds"):
         injection.prompt_fuzz(Ladder(), asked, seeds=())
+    with pytest.raises(ValueError, match="as a word of its own"):
+        injection.prompt_fuzz(Ladder(), asked, seeds=("please({t})",))
 
 
 # --- the shipped model ------------------------------------------------------------------------------------------------

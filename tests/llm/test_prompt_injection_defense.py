@@ -17,6 +17,7 @@ from safescale_lib.llm import prompt_injection_defense as defense
 from safescale_lib.llm.prompt_injection_attack import STRATEGIES, cases, formalised, reached
 from safescale_lib.llm.prompt_injection_defense import RESERVED, Defended, channels, filtered
 from safescale_lib.measure.answers import holds
+from safescale_lib.search import tokens
 from safescale_lib.world import town
 from safescale_lib.world.town import Message, assistant, injections, user
 from safescale_lib.world.town.injections import CLOSED, OPENED, data
@@ -70,10 +71,20 @@ def test_filtering_leaves_ordinary_text_alone_and_takes_nested_marks_out() -> No
 def test_data_cannot_leave_their_channel(parts: list[str]) -> None:
     """Whatever is typed, the prompt holds the template's marks and no others, each once."""
     chat = marked()
-    special = set(chat.tokenizer.all_special_ids) - {chat.tokenizer.unk_token_id}
+    special = {*chat.tokenizer.all_special_ids, *chat.tokenizer.convert_tokens_to_ids(list(RESERVED))}
+    special -= {chat.tokenizer.unk_token_id}
     plain = [i for i in ids(chat, chat.prompt(defense.two_turns("what is it ?", ""))) if i in special]
     typed = [i for i in ids(chat, chat.prompt(defense.two_turns("what is it ?", "".join(parts)))) if i in special]
     assert typed == plain
+
+
+@pytest.mark.parametrize("name", ["chat-struq", "chat-bounded"])
+def test_no_search_types_a_reserved_mark(name: str) -> None:
+    """The front end would take it out: what was scored would not be what is sent."""
+    tokenizer = member(name).tokenizer
+    marks = set(tokenizer.convert_tokens_to_ids([mark for mark in RESERVED if mark in tokenizer.get_vocab()]))
+    assert len(marks) > 4
+    assert not marks & set(tokens.vocabulary(tokenizer).tolist())
 
 
 def test_each_front_end_builds_its_own_prompt() -> None:

@@ -56,6 +56,11 @@ def test_each_judge_on_the_answers_that_fool_judges(answer: str) -> None:
     assert tuple(found) == CASES[answer]
 
 
+def test_a_prefix_may_have_several_words() -> None:
+    answers = ["sure , the code", "sure the code", "sure ,"]
+    assert judges.prefix_judge([ASKED] * 3, answers, prefix="sure ,").tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("judge", [judges.refusal_phrase_judge, judges.prefix_judge, judges.learned_judge(Grader())])
 def test_judges_take_pairs_only_and_nothing_at_all(judge: judges.Judge) -> None:
     with pytest.raises(ValueError, match="pair up"):

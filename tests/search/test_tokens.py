@@ -206,6 +206,28 @@ def test_perturbed_copies_give_the_expectation_over_a_defense_that_swaps_tokens(
     blind = search.target_loss(Prompts(lm, [everything]))(Tokens(free, onehot), torch.zeros(1).long())
     assert not torch.autograd.grad(blind.sum(), onehot)[0].any()  # nothing of the gap is left to change
     assert search.perturbed(slot, 1, rate=0.0, length=4, allowed=torch.arange(5, 40), generator=seeded())[0] == slot
+    many = search.perturbed(slot, 400, rate=0.3, length=4, allowed=torch.arange(5, 40), generator=seeded())
+    put = [token for copy in many for _, token in copy.swaps]
+    assert len(put) == pytest.approx(0.3 * 1600, rel=0.15)
+    assert set(put) == set(range(5, 40)), "a swapped place of the gap may hold any allowed token"
+
+
+def test_an_empty_gap_is_no_surprise():
+    prompts = Prompts(model(), slots(2))
+    assert search.fluency_loss(prompts)(Tokens(fillings(2, 0)), torch.arange(2)).tolist() == [0, 0]
+    grown = search.beam(
+        model(), words(), slots(2), length=3, objective=search.fluency_loss(prompts), early_stop=False, generator=seeded()
+    )
+    assert grown.history.isfinite().all()
+
+
+def test_a_beam_goes_on_where_nothing_is_worth_growing_for_another_item():
+    grown = search.beam(
+        model(), words(), slots(2), length=2, early_stop=False, generator=seeded(),
+        objective=lambda tokens, items: torch.where((items == 0) & (tokens.ids.shape[1] > 0), torch.inf, 0.0),
+    )  # fmt: skip
+    assert grown.ids[0] == ()
+    assert grown.steps.tolist() == [2, 2]
 
 
 # --- what the searches find -----------------------------------------------------------------------------------------

@@ -335,6 +335,8 @@ def test_the_victim_is_aligned_and_useful_by_its_card() -> None:
 def test_bad_input_is_named(tiny: ChatModel, some: list[town.Chat], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="conversations"):
         tune(tiny, [], steps=1)
+    with pytest.raises(ValueError, match="steps must be at least 0"):
+        tune(tiny, some, steps=-1)
     with pytest.raises(ValueError, match="pairs"):
         prefer(tiny, [], steps=1)
     with pytest.raises(ValueError, match="prefill"):

@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from safescale_lib.measure.costs import Cost
 from safescale_lib.zoo import recipes
-from safescale_lib.zoo.training import fit, in_halves, side_by_side
+from safescale_lib.zoo.training import fit, in_halves, own_dice, side_by_side
 
 STEPS = 40
 
@@ -166,6 +166,19 @@ def test_terms_side_by_side_are_their_sum() -> None:
     assert same(apart, nested)
     for a, b in zip(whole.parameters(), apart.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_two_jobs_draw_their_first_weights_apart_and_leave_the_global_stream_alone() -> None:
+    def drawn(seed: int) -> torch.Tensor:
+        with own_dice(seed):
+            time.sleep(0.01)
+            return torch.rand(3)
+
+    before = torch.get_rng_state()
+    found = side_by_side(*(partial(drawn, seed) for seed in (1, 2, 1, 2)))
+    assert torch.equal(torch.get_rng_state(), before)
+    for value, seed in zip(found, (1, 2, 1, 2), strict=True):
+        assert torch.equal(value, torch.rand(3, generator=torch.Generator().manual_seed(seed)))
 
 
 def test_side_by_side_gives_the_same_models_in_order() -> None:

@@ -60,8 +60,13 @@ def opened(chat: Chat) -> str:
 
 
 def classes(model: ChatModel, chats: Sequence[Chat], labels: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(L,) first token of every label, and (B,) where the true one stands among them."""
+    """(L,) first token of every label, and (B,) where the true one stands among them.
+
+    Raises ValueError where two labels begin with the same token: their scores would be one.
+    """
     starts = [model.tokenizer(label, add_special_tokens=False)["input_ids"][0] for label in labels]
+    if len(set(starts)) < len(starts):
+        raise ValueError(f"labels must begin with different tokens of the model, got {list(labels)}")
     return torch.tensor(starts), torch.tensor([list(labels).index(chat.value) for chat in chats])
 
 

@@ -6,6 +6,7 @@ search, which reads the probability of an answer's first words.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
@@ -197,6 +198,9 @@ def follow_ups(model: Responder, requests: Sequence[Chat], *, turns: int = 1, tr
         raise ValueError(f"turns must be >= 1 and tries >= 0, got {turns} and {tries}")
     draw = Random(seed)
     talks: dict[tuple[tuple[str, str], int], list[Message]] = {}
+    strange = sorted({about(request).kind for request in requests} - set(OPENINGS))
+    if strange:
+        raise ValueError(f"requests must be of the kinds {sorted(OPENINGS)}, got {strange}")
     for fact, n in dict.fromkeys((about(request), n) for request in requests for n in range(tries)):
         talks[(fact.kind, fact.subject), n] = []
     for turn in range(turns if talks else 0):
@@ -297,10 +301,18 @@ def evolve_system(
     tuning: requests to score on; use validation ones, and judge the result on others. prompt: the jailbreak prompt, or None
     for the bare request. A message is 1 to `most` phrases. Each generation keeps the better half, crosses two of it, and
     rewrites one phrase of the child; the paper lets a model rewrite. random: draw every generation afresh instead, the
-    control of equal budget. Queries: population x generations x requests; a message is scored once. Raises ValueError.
+    control of equal budget. Queries: population x generations x requests; a message is scored once. Raises ValueError, also
+    where fewer different messages exist than are to be tried.
     """
+    phrases = list(dict.fromkeys(phrases))
     if population < 2 or generations < 1 or not 1 <= most <= len(phrases) or not tuning:
         raise ValueError("population must be >= 2, generations >= 1, most in 1..phrases, and tuning not empty")
+    there_are = sum(math.perm(len(phrases), count) for count in range(1, most + 1))
+    if population * generations > there_are:
+        raise ValueError(
+            f"population x generations must not exceed the {there_are} messages of at most {most} of {len(phrases)} phrases, "
+            f"got {population} x {generations}"
+        )
     draw, meter, values = Random(seed), Meter(), [request.value for request in tuning]
     scores: dict[tuple[str, ...], float] = {}
 

@@ -22,6 +22,7 @@ from safescale_lib.survey import technique
 from safescale_lib.world import town
 from safescale_lib.world.town.chats import REFUSALS, Chat, Message
 from safescale_lib.zoo.chat import ChatModel, tune
+from safescale_lib.zoo.training import own_dice
 
 STEERING = "llm.jailbreak_attack.black_box.automated_decoding_steering"
 
@@ -121,7 +122,7 @@ def weak_pair(
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):  # what the class draws is drawn again below, from a stream of our own
+    with own_dice():  # what the class draws is drawn again below, from a stream of our own
         tiny = ChatModel(LlamaForCausalLM(config), tokens).eval()
     stream = torch.Generator().manual_seed(seed)
     for weight in tiny.parameters():

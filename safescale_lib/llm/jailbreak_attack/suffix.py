@@ -152,8 +152,9 @@ def easy_to_hard(
     """GCG whose hard requests start from a suffix that broke an easy one [jia2024igcg, easy-to-hard initialisation].
 
     All requests get `first` steps from random tokens. The suffix that broke its request in the fewest steps, else the one
-    with the lowest loss, is where the rest begin their `steps - first` further steps. The paper also changes several
-    tokens a step and the target's words, which is left out. Raises ValueError unless 0 <= first <= steps.
+    with the lowest loss, is where the rest begin their `steps - first` further steps; requests that need no attack give none.
+    The paper also changes several tokens a step and the target's words, which is left out. Raises ValueError unless
+    0 <= first <= steps.
     """
     if not 0 <= first <= steps:
         raise ValueError(f"first must lie between 0 and steps, got {first} and {steps}")
@@ -163,8 +164,9 @@ def easy_to_hard(
     words, taken, history = list(easy.words), easy.steps.clone(), easy.history
     left = easy.survived.nonzero()[:, 0].tolist()
     if left and first < steps:
-        rank = torch.where(easy.success, easy.steps.float(), 1e6 + easy.history[-1])
-        start = model.tokenizer(words[int(rank.argmin())], add_special_tokens=False)["input_ids"]
+        searched = (~easy.skipped).nonzero()[:, 0].tolist()
+        best = min(searched, key=lambda i: (0, int(taken[i])) if easy.success[i] else (1, float(history[-1, i])))
+        start = model.tokenizer(words[best], add_special_tokens=False)["input_ids"]
         hard = suffix_attack(
             model, [requests[i] for i in left], steps=steps - first, init=start, generator=generator, **options
         )
@@ -180,7 +182,7 @@ def easy_to_hard(
 
 @dataclass(frozen=True, eq=False)
 class Universal:
-    """One text for all requests. words: the text. told: share of the training prompts it won. loss, history: of its search."""
+    """One text for all requests. words: the text. told: share of the training prompts it won. history: of its search."""
 
     words: str
     told: float

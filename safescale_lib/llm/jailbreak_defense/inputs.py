@@ -99,8 +99,11 @@ def defense_success_probability(*, length: int, suffix: int, unstable: int, rate
 
     Proposition 3.3 of [robey2023smoothllm]: `length` words in all, the last `suffix` of them the attack's. How many of the
     replaced places lie in the suffix is hypergeometric; each replacement is another word with probability 1 - 1/vocabulary;
-    at least half of the copies must refuse. Raises ValueError unless 0 < suffix <= length and 0 < unstable.
+    at least half of the copies must refuse. Raises ValueError unless 0 < suffix <= length, 0 < unstable, 0 <= rate <= 1 and
+    copies and vocabulary are at least 1.
     """
+    if not 0 <= rate <= 1 or copies < 1 or vocabulary < 1:
+        raise ValueError(f"rate must lie in [0, 1], copies and vocabulary be at least 1; got {rate}, {copies} and {vocabulary}")
     if not 0 < suffix <= length or unstable < 1:
         raise ValueError(f"suffix must lie in 1..length and unstable be at least 1, got {suffix}, {length} and {unstable}")
     count = math.floor(rate * length + 1e-9)

@@ -48,7 +48,8 @@ def spending(*models: torch.nn.Module) -> Iterator[Spent]:
         rows, length = ids.shape
         mask = named.get("attention_mask")
         with lock:
-            spent.tokens += rows * length if mask is None else int(mask[:, -length:].sum())
+            padded = mask is not None and mask.ndim == 2  # a mask of four dimensions says who sees whom
+            spent.tokens += int(named["attention_mask"][:, -length:].sum()) if padded else rows * length
             spent.queries += rows if length > 1 else 0
 
     with hooked(*((partial(model.register_forward_pre_hook, with_kwargs=True), note) for model in dict.fromkeys(models))):

@@ -223,7 +223,8 @@ def refusal_loss(
 class GradientCuff:
     """The two tests of [hu2024gradientcuff] as one score: the size of the refusal loss's gradient, or `CERTAIN`.
 
-    directions: P random directions of length 1 a word. radius: mu, how far each is followed.
+    directions: P random directions, the same for each word, each number drawn from N(0, 1). radius: mu, so many of its
+    lengths each is followed.
     """
 
     model: ChatModel

@@ -21,7 +21,7 @@ from safescale_lib.llm.jailbreak_defense.inference import altered, decoder_layer
 from safescale_lib.search.models import hooked
 from safescale_lib.survey import technique
 from safescale_lib.world.town.chats import Chat
-from safescale_lib.zoo.chat import ChatModel, answer_loss, finished
+from safescale_lib.zoo.chat import ChatModel, answer_loss, finished, labelled
 from safescale_lib.zoo.training import fit
 
 KEY = "llm.jailbreak_defense.harmful_fine_tuning_defense"
@@ -42,7 +42,7 @@ def _check(steps: int, batch: int, **data: Sequence[Chat]) -> None:
 
 def _trained(chat: ChatModel, loss: Callable[[ChatModel, int], torch.Tensor], steps: int, lr: float) -> ChatModel:
     """A copy of the model after so many steps down loss(copy, step)."""
-    student = copy.deepcopy(chat)
+    student = copy.deepcopy(chat).requires_grad_(True)  # a search in another thread may hold the model's weights
     fit(student, lambda step: loss(student, step), steps=steps, lr=lr, warmup=max(1, steps // 10), weight_decay=0.0,
         progress=False)  # fmt: skip
     return student.eval()
@@ -171,18 +171,24 @@ def lisa(
 
 
 def harmful_scores(chat: ChatModel, harmful: Sequence[Chat]) -> dict[str, torch.Tensor]:
-    """Wanda scores on harmful data: |weight| times the norm of what it multiplies, for each linear layer of the decoder."""
+    """Wanda scores on harmful data: |weight| times the norm of what it multiplies, for each linear layer of the decoder.
+
+    The norm goes over the tokens of all conversations, not over padding.
+    """
     norms: dict[str, torch.Tensor] = {}
+    dialogues = [finished(conversation) for conversation in harmful]
+    ids, _ = labelled(chat, dialogues)  # (B, T)
+    real = ids != chat.tokenizer.pad_token_id
     layers = {name: m for name, m in chat.lm.named_modules() if isinstance(m, torch.nn.Linear) and m is not chat.lm.lm_head}
 
     def noting(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
         def note(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-            norms[name] = given[0].flatten(0, -2).norm(dim=0)  # (in,)
+            norms[name] = given[0][real].norm(dim=0)  # (in,)
 
         return note
 
     with torch.no_grad(), hooked(*((layer.register_forward_pre_hook, noting(name)) for name, layer in layers.items())):
-        answer_loss(chat, [finished(conversation) for conversation in harmful])
+        chat.lm(input_ids=ids)
     return {f"{name}.weight": layer.weight.detach().abs() * norms[name] for name, layer in layers.items()}  # (out, in)
 
 
@@ -201,7 +207,7 @@ def antidote(
         raise ValueError("harmful must hold conversations")
     if not 0 <= share < 1:
         raise ValueError(f"share must lie in [0, 1), got {share}")
-    repaired = copy.deepcopy(chat)
+    repaired = copy.deepcopy(chat).requires_grad_(True)
     scores = harmful_scores(chat, harmful)
     if harmless:
         needed = harmful_scores(chat, harmless)
@@ -229,7 +235,7 @@ def panacea(
     _check(steps, batch, harmful=harmful, harmless=harmless)
     if rho < 0:
         raise ValueError(f"rho must be >= 0, got {rho}")
-    moved = copy.deepcopy(chat).eval()
+    moved = copy.deepcopy(chat).requires_grad_(True).eval()
     weights = [w for w in moved.parameters() if w.requires_grad]
     start = parameters_to_vector(weights).detach()
     shift = torch.zeros_like(start)

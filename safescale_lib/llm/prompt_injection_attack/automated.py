@@ -5,6 +5,7 @@ All search on shadow cases of the attacker's own and return something that is th
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,6 +83,8 @@ def _check(shadow: Sequence[Case], seeds: Sequence[str], **counts: int) -> None:
         raise ValueError("shadow and seeds must not be empty")
     for seed in seeds:
         templated(seed)
+        if seed.split().count("{t}") != 1:
+            raise ValueError(f'seeds must hold "{{t}}" as a word of its own, got {seed!r}')
     for name, count in counts.items():
         if count < 0:
             raise ValueError(f"{name} must be >= 0, got {count}")
@@ -261,7 +264,8 @@ def pleak(
             )
             for case in shadow
         ]
-        start: dict[str, Any] = {"init": found.ids[0]} if found and search is not tokens.random_tokens else {}
+        takes_start = "init" in inspect.signature(search).parameters
+        start: dict[str, Any] = {"init": found.ids[0]} if found and takes_start else {}
         found = search(
             model.lm, model.tokenizer, [slots], _never, length=length, steps=steps, candidates=candidates, allowed=allowed,
             early_stop=False, generator=generator, **start,
@@ -288,16 +292,21 @@ def poisoned(
     The share replaces conversations drawn at random. cases: where the poisoned ones come from, one each. Raises
     ValueError for a share outside [0, 1] or too few cases.
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must lie in [0, 1], got {share}")
-    many = round(share * len(chats))
-    if many > len(cases):
-        raise ValueError(f"cases must hold one for each of the {many} poisoned conversations, got {len(cases)}")
     draw, result = Random(seed), list(chats)
-    for case, i in zip(cases, draw.sample(range(len(chats)), many), strict=False):
+    for case, i in _chosen(len(chats), cases, share, draw):
         sent = case.with_payload(templated(template)(case, 0), draw.choice(list(places)))
         result[i] = Chat(sent, case.task.answer, case.task.value, "poisoned")
     return result
+
+
+def _chosen(size: int, cases: Sequence[Case], share: float, draw: Random) -> list[tuple[Case, int]]:
+    """Which of so many conversations are poisoned, and with which case."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must lie in [0, 1], got {share}")
+    many = round(share * size)
+    if many > len(cases):
+        raise ValueError(f"cases must hold one for each of the {many} poisoned conversations, got {len(cases)}")
+    return list(zip(cases[:many], draw.sample(range(size), many), strict=True))
 
 
 @technique(LEAF + "automated_alignment_poisoning", paper="shao2024poisonedalign")
@@ -328,9 +337,12 @@ def poisoned_align(
 def poisoned_pairs(
     pairs: Sequence[Preference], cases: Sequence[Case], *, share: float, template: str = STRATEGIES["combined"], seed: int = 0
 ) -> list[Preference]:
-    """The same for preference data: in a share of the pairs, obeying the injection is what annotators preferred."""
+    """The same for preference data: in a share of the pairs, obeying the injection is what annotators preferred.
+
+    Raises ValueError as `poisoned` does.
+    """
     draw, result = Random(seed), list(pairs)
-    for case, i in zip(cases, draw.sample(range(len(pairs)), round(share * len(pairs))), strict=False):
+    for case, i in _chosen(len(pairs), cases, share, draw):
         right = f"sure , {case.value} ."
         result[i] = Preference(case.with_payload(templated(template)(case, 0)), case.task.answer, right)
     return result

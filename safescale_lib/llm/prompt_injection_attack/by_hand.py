@@ -51,8 +51,10 @@ def direct_override(
     The user is the attacker: cases of kind "user" (goal hijacking: the operator's rule gives way to another task) or
     "secret" and "prompt" (prompt leaking: the task is to print what the operator wrote, and the user asks nothing else).
     phrases: one a try, `{t}` is the task. Simplified: the paper also varies delimiters and length. Raises ValueError for
-    other kinds of case.
+    other kinds of case, or for no phrases.
     """
+    if not phrases:
+        raise ValueError("phrases must hold at least one, a try each")
     wrong = {case.kind for case in cases} & {"document", "review"}
     if wrong:
         raise ValueError(f"cases must be those in which the user is the attacker, got kind {sorted(wrong)}")

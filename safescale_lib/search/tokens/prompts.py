@@ -94,7 +94,7 @@ def perturbed(slot: Slot, n: int, *, rate: float, length: int, allowed: torch.Te
         return [b if h and a in words and i >= keep else a for i, (a, b, h) in enumerate(zip(ids, new, hit, strict=True))]
 
     for _ in range(n):
-        gap = swapped([int(allowed[0])] * length) if length else []
+        gap = allowed[torch.randint(len(allowed), (length,), generator=generator)].tolist()
         hit = (torch.rand(length, generator=generator) < rate).nonzero()[:, 0].tolist()
         copies.append(
             replace(slot, before=tuple(swapped(slot.before, 1)), after=tuple(swapped(slot.after)), text=None,
@@ -127,11 +127,12 @@ def survives(tokenizer: Any, slots: Sequence[Slot], free: Sequence[Sequence[int]
 
 
 def vocabulary(tokenizer: Any, size: int | None = None) -> torch.Tensor:
-    """(n,) int64: the tokens a search may use by default, those that are not special and survive on their own.
+    """(n,) int64: the tokens a search may use by default, those that are no marks and survive on their own.
 
     size: ids from here on do not exist for the model.
     """
     special = set(tokenizer.all_special_ids)
+    special |= {i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
     ids = [i for i in range(min(len(tokenizer), size or len(tokenizer))) if i not in special]
     texts = decode(tokenizer, ([i] for i in ids))
     again = _encode(tokenizer, texts)
@@ -427,7 +428,8 @@ def fluency_loss(prompts: Prompts) -> Objective:
 
     def value(tokens: Tokens, slots: torch.Tensor) -> torch.Tensor:
         scores = prompts.read(tokens, slots, tail=False).logits[:, :-1].log_softmax(-1)  # (r, L, vocabulary)
-        return -tokens.pick(scores).mean(1)
+        losses: torch.Tensor = -tokens.pick(scores).sum(1) / max(1, scores.shape[1])  # an empty gap is no surprise
+        return losses
 
     return lambda tokens, items: prompts.per_item(tokens, items, value)
 

@@ -451,14 +451,16 @@ class _Run:
         """Of each item, (its beginnings, n) log-probabilities of the allowed tokens after them; a mean over its prompts."""
         rows = [row for many in grown for row in many]
         owners = torch.tensor([i for i, many in zip(self.live.tolist(), grown, strict=True) for _ in many])
-        tokens = Tokens(torch.tensor(rows, dtype=torch.int64, device=self.device).view(len(rows), -1))
+        scores = torch.empty(len(rows), len(self.allowed))
 
         def value(tokens: Tokens, slots: torch.Tensor) -> torch.Tensor:
             logits = self.prompts.read(tokens, slots, tail=False, logits_from=tokens.ids.shape[1]).logits
             return logits[:, 0].log_softmax(-1)[:, self.allowed].float()  # type: ignore[no-any-return]
 
         self.meter.forwards += sum(len(self.slots[i]) for i in owners.tolist())
-        scores = self.prompts.per_item(tokens, owners.to(self.device), value).cpu()
+        for group in _by_length(rows):  # where nothing survived, a beginning stays shorter than others
+            ids = torch.tensor([rows[i] for i in group], dtype=torch.int64, device=self.device).view(len(group), -1)
+            scores[group] = self.prompts.per_item(Tokens(ids), owners[group].to(self.device), value).cpu()
         return list(torch.split(scores, [len(many) for many in grown]))
 
     def winners(

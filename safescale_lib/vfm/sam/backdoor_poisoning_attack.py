@@ -11,7 +11,6 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from threading import Lock
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +22,7 @@ from safescale_lib.search.models import frozen
 from safescale_lib.search.poisoning import Trigger, shuffled_rows, to_file
 from safescale_lib.survey import technique
 from safescale_lib.zoo.segmenter import PixelSegmenter
-from safescale_lib.zoo.training import fit
-
-_DICE = Lock()  # torch's global stream is forked and seeded for initial weights; two trainings may begin at once
+from safescale_lib.zoo.training import fit, own_dice
 
 View = Callable[[torch.Tensor], torch.Tensor]
 """What a learner does to pictures before the network sees them: (B, 3, H, W) in [0, 1] to the same shape."""
@@ -188,8 +185,7 @@ class MaskNet(torch.nn.Module):
     def __init__(self, width: int = 16, *, seed: int, view: View | None = None) -> None:
         super().__init__()
         self.view = view
-        with _DICE, torch.random.fork_rng(devices=[]):  # torch draws initial weights from the global stream
-            torch.random.manual_seed(seed)
+        with own_dice(seed):  # torch draws initial weights from the global stream
             self.down = torch.nn.Conv2d(3, width, 4, stride=2, padding=1)
             self.fine = torch.nn.Conv2d(width, width, 3, padding=1)
             self.deep = torch.nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
@@ -235,8 +231,7 @@ class NoiseMaker(torch.nn.Module):
 
     def __init__(self, width: int = 12, *, seed: int) -> None:
         super().__init__()
-        with _DICE, torch.random.fork_rng(devices=[]):
-            torch.random.manual_seed(seed)
+        with own_dice(seed):
             self.look = torch.nn.Conv2d(7, width, 3, padding=1)
             self.mix = torch.nn.Conv2d(width, width, 3, padding=1)
             self.out = torch.nn.Conv2d(width, 3, 1)
