@@ -4245,7 +4245,7 @@ claim(
 )
 
 # %% [markdown]
-# Two defenses that fail at different things make a good pair: what the bank holds, the one or the other stops. What was made for both gets through more often than not, and a panel pays for each of its members at every answer.
+# Two defenses that fail at different things make a good pair: nearly all of what the bank holds, the one or the other stops. What was made for both gets through more often than not, and a panel pays for each of its members at every answer.
 #
 # ### When the attacker owns the training data
 #

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from safescale_lib.llm.jailbreak_defense import tuning
+from safescale_lib.search.models import frozen
 from safescale_lib.world import town
 from safescale_lib.zoo.chat import answer_loss, finished, tune
 from tests.llm.common import asking
@@ -139,6 +140,15 @@ def test_lisa_learns_both_and_a_strong_pull_holds_it_in_place():
     assert torch.allclose(vector(plain), vector(alone), atol=1e-6)
     with pytest.raises(ValueError, match="phase"):
         tuning.lisa(tiny(), HARMFUL, SAFE, phase=(4, 0))
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_a_copy_learns_while_a_search_holds_the_weights(name):
+    model = tiny()
+    with frozen(model.lm):
+        held = DEFENSES[name](steps=2)
+    assert all(weight.requires_grad for weight in held.parameters())
+    assert not torch.equal(vector(held), vector(model))
 
 
 def test_antidote_removes_the_weights_with_the_highest_scores():

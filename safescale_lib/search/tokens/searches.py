@@ -406,6 +406,8 @@ class _Run:
         for first in range(0, max(map(len, pools), default=0), width):
             wanting = [i for i, each in enumerate(good) if sum(each) < width]
             asked = [(i, place) for i in wanting for place in range(first, min(first + width, len(pools[i])))]
+            if not asked:
+                break
             slots = [slot for i, _ in asked for slot in near[i]]
             passed = iter(survives(self.tokenizer, slots, [pools[i][place] for i, place in asked for _ in near[i]]))
             for i, place in asked:
